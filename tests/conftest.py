@@ -1,0 +1,21 @@
+"""What every test file shares: where the real data is, if it is."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads on shared cores cost up to 90x
+
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("WSISCALE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real slides, patches and weights; skips where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}; set WSISCALE_DATA to run this")
+    return DATA

@@ -1,0 +1,498 @@
+"""argv -> one public function -> text or JSON. JSON on stdout; progress, logs and errors on stderr.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 abstained (or nothing to work on: no tissue), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+# Before anything imports torch: spinning OpenMP threads next to any other busy process cost up to 90x.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+
+from wsiscale.errors import NoTissueError, OptionError, WsiscaleError
+
+if TYPE_CHECKING:
+    from wsiscale.types import Reader, ScaleEstimate
+
+DONE, FAILED, USAGE, ABSTAINED, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    name="wsiscale",
+    help="Find the magnification at which a network works best on a slide, and write the slide's tissue at it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def run() -> None:
+    """The `wsiscale` command."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code. Expected errors are one line on stderr; bugs keep their traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(list(argv) if argv is not None else None, prog_name="wsiscale", standalone_mode=False)
+    except OptionError as error:
+        return _fail(str(error), USAGE)
+    except NoTissueError as error:
+        return _fail(str(error), ABSTAINED)
+    except WsiscaleError as error:
+        return _fail(str(error), FAILED)
+    except typer.Abort:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # `wsiscale info slide | head`: the reader has gone, and there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if (usage := getattr(error, "format_message", None)) is not None:  # click's own: unknown option, missing argument
+            return _fail(usage() or "see wsiscale --help", getattr(error, "exit_code", USAGE))
+        raise
+    if code == INTERRUPTED:  # typer's answer to Ctrl-C
+        return _fail("interrupted", INTERRUPTED)
+    return code if isinstance(code, int) else DONE
+
+
+def _fail(message: str, code: int) -> int:
+    print("wsiscale:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# What several commands take.
+Slide = Annotated[str, typer.Argument(help="a whole-slide image: SVS, NDPI, MRXS, OME-TIFF, DICOM, ...", metavar="SLIDE")]
+SlideMpp = Annotated[float | None, typer.Option(help="µm/px of level 0; overrides what the file says", metavar="UM")]
+MppCsv = Annotated[Path | None, typer.Option(help="CSV with the columns wsi,mpp; overrides what the files say")]
+ReaderName = Annotated[str, typer.Option(help="auto, openslide, tiffslide or dicom")]
+TissueSpec = Annotated[str | None, typer.Option("--tissue", help="own tissue detector, file.py:name")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="torchvision:NAME, timm:NAME, file.py:factory, package:factory, model.pt2, card.json [the embedded network]"
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="weights for --model: safetensors, or a plain state dict")]
+TrustModel = Annotated[bool, typer.Option(help="load files that can execute code (model.pt2, pickled modules)")]
+Criterion = Annotated[str, typer.Option(help="confidence, penkin2022, penkin2023, bagamaev2022, or file.py:name")]
+MppRange = Annotated[str | None, typer.Option(help="look between these µm/px [0.125:4]", metavar="LO:HI")]
+ScaleRange = Annotated[str | None, typer.Option(help="look between these level-0 px per px", metavar="LO:HI")]
+TileSize = Annotated[int | None, typer.Option(help="px the network takes [the model's own]")]
+Places = Annotated[int, typer.Option(help="places on tissue to look at")]
+MaxUpsample = Annotated[float, typer.Option(help="how much finer than level 0 is allowed; 1: not at all")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, mps")]
+BatchSize = Annotated[int | None, typer.Option(help="tiles a forward pass [found by itself]")]
+Seed = Annotated[int, typer.Option(help="of the places and the bootstrap")]
+Tolerance = Annotated[float, typer.Option(help="a level this near (0.01: 1 %) is taken as it is, without resampling")]
+
+
+@app.command()
+def info(
+    slide: Slide, slide_mpp: SlideMpp = None, mpp_csv: MppCsv = None, reader: ReaderName = "auto", as_json: Json = False
+) -> None:
+    """What the file says, and whether to believe it.
+
+    Example: wsiscale info slide.svs
+    """
+    with _open(slide, slide_mpp, mpp_csv, reader) as opened:
+        record = _describe(opened)
+    if as_json:
+        _print_json(record)
+        return
+    calibration = record["calibration"]
+    mpp = record["mpp"]
+    print(f"{record['slide']}  ({record['vendor']}, read by {record['reader']})")
+    print(f"  µm/px      {'unknown' if mpp is None else f'{mpp:.4g}'}  {calibration['verdict']}: {calibration['detail']}")
+    for level in record["levels"]:
+        at = "" if mpp is None else f"  {level['downsample'] * mpp:.4g} µm/px"
+        print(f"  level {level['level']}    {level['width']} x {level['height']} px, 1/{level['downsample']:g}{at}")
+    if record["bounds"]:
+        print(f"  scanned    y, x, height, width = {record['bounds']} in level-0 px")
+
+
+@app.command()
+def tissue(
+    slide: Slide,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG, white where tissue is")],
+    detector: TissueSpec = None,
+    slide_mpp: SlideMpp = None,
+    mpp_csv: MppCsv = None,
+    reader: ReaderName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Where the tissue is, as a mask.
+
+    Example: wsiscale tissue slide.svs -o mask.png
+    """
+    from PIL import Image
+
+    from wsiscale.tissue import find_tissue
+
+    if not output.parent.is_dir():
+        raise OptionError(f"{output.parent} is not a folder; make it first")
+    with _open(slide, slide_mpp, mpp_csv, reader) as opened:
+        found = find_tissue(opened, detector)
+    Image.fromarray((found.mask * 255).astype("uint8")).save(output)
+    record = {
+        "slide": Path(slide).name,
+        "mask": str(output),
+        "step": found.step,
+        "fraction": round(found.fraction, 6),
+        "area_mm2": found.area_mm2,
+    }
+    if as_json:
+        _print_json(record)
+    else:
+        area = "" if found.area_mm2 is None else f", {found.area_mm2:.3g} mm²"
+        print(f"{found.fraction:.1%} of the slide is tissue{area}; {output}, one px for {found.step:g} level-0 px")
+
+
+@app.command()
+def estimate(
+    slide: Slide,
+    model: Model = None,
+    weights: Weights = None,
+    trust_model: TrustModel = False,
+    criterion: Criterion = "confidence",
+    mpp_range: MppRange = None,
+    scale_range: ScaleRange = None,
+    tile_size: TileSize = None,
+    places: Places = 64,
+    slide_mpp: SlideMpp = None,
+    mpp_csv: MppCsv = None,
+    max_upsample: MaxUpsample = 1.0,
+    detector: TissueSpec = None,
+    reader: ReaderName = "auto",
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> int:
+    """The µm/px at which the network works best on this slide, or a named reason why that cannot be said (exit code 3).
+
+    Example: wsiscale estimate slide.svs --model nets.py:factory
+    """
+    from wsiscale.estimation import as_record
+
+    with _open(slide, slide_mpp, mpp_csv, reader) as opened:
+        result = _estimate(
+            opened,
+            model=model,
+            weights=weights,
+            trust_model=trust_model,
+            criterion=criterion,
+            mpp_range=_parse_range(mpp_range, "--mpp-range"),
+            scale_range=_parse_range(scale_range, "--scale-range"),
+            tile_size=tile_size,
+            places=places,
+            max_upsample=max_upsample,
+            detector=detector,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    if as_json:
+        _print_json(as_record(result))
+    else:
+        print(_sentence(result))
+    return ABSTAINED if result.abstained is not None else DONE
+
+
+@app.command()
+def stack(
+    slide: Slide,
+    output: Annotated[Path, typer.Option("-o", "--output", help="zarr to make")],
+    mpp: Annotated[str | None, typer.Option(help="µm/px, from fine to coarse: 0.25,0.5,1")] = None,
+    scale: Annotated[str | None, typer.Option(help="instead of --mpp: level-0 px per px, 1,2,4")] = None,
+    tile_size: Annotated[int, typer.Option(help="px of a tile, at every scale")] = 224,
+    places: Places = 64,
+    slide_mpp: SlideMpp = None,
+    mpp_csv: MppCsv = None,
+    max_upsample: MaxUpsample = 1.0,
+    detector: TissueSpec = None,
+    reader: ReaderName = "auto",
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option(help="replace what stands at the output")] = False,
+) -> None:
+    """Tiles at several magnifications, nested on one centre, to zarr.
+
+    Example: wsiscale stack slide.svs --mpp 0.25,0.5,1 -o stacks.zarr
+    """
+    from wsiscale.geometry import scale_for_mpp
+    from wsiscale.places import sample_places
+    from wsiscale.stacks import scale_stack
+    from wsiscale.store import write_stack
+    from wsiscale.tissue import find_tissue
+
+    with _open(slide, slide_mpp, mpp_csv, reader) as opened, _progress("places") as progress:
+        mpps, scales = _parse_list(mpp, "--mpp"), _parse_list(scale, "--scale")
+        if (mpps is None) == (scales is None):
+            raise OptionError("give either --mpp or --scale")
+        widest = scales[-1] if scales else scale_for_mpp((mpps or [1.0])[-1], opened.pyramid.mpp, opened.calibration)
+        centers = sample_places(find_tissue(opened, detector), places, seed=seed, field=tile_size * widest)
+        stacked = scale_stack(opened, centers, mpps=mpps, scales=scales, size=tile_size, max_upsample=max_upsample)
+        write_stack(output, stacked, source=opened.source, overwrite=overwrite, progress=progress)
+    print(f"{output}: {len(centers)} places x {len(stacked.scales)} scales of {tile_size} px")
+
+
+@app.command()
+def tile(
+    slide: Slide,
+    output: Annotated[Path, typer.Option("-o", "--output", help="OME-Zarr to make, slide.ome.zarr")],
+    mpp: Annotated[str | None, typer.Option(help="µm/px, or auto: estimate it first", metavar="UM|auto")] = None,
+    scale: Annotated[float | None, typer.Option(help="instead of --mpp: level-0 px per px")] = None,
+    tile_size: Annotated[int, typer.Option(help="px of the tiles in the table, at the target")] = 512,
+    overlap: Annotated[int, typer.Option(help="px shared by neighbouring tiles of the table")] = 0,
+    min_tissue: Annotated[float, typer.Option(help="least share of tissue in a tile, 0..1")] = 0.1,
+    ngff: Annotated[str, typer.Option(help="0.5, or 0.4 for QuPath and TIAToolbox")] = "0.5",
+    pixels: Annotated[str, typer.Option(help="tissue, or none: table and estimate alone")] = "tissue",
+    tolerance: Tolerance = 0.01,
+    max_upsample: MaxUpsample = 1.0,
+    model: Model = None,
+    weights: Weights = None,
+    trust_model: TrustModel = False,
+    criterion: Criterion = "confidence",
+    mpp_range: MppRange = None,
+    scale_range: ScaleRange = None,
+    places: Places = 64,
+    slide_mpp: SlideMpp = None,
+    mpp_csv: MppCsv = None,
+    detector: TissueSpec = None,
+    reader: ReaderName = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option(help="replace what stands at the output")] = False,
+    as_json: Json = False,
+) -> int:
+    """The slide's tissue at one magnification, as OME-Zarr for segmentation.
+
+    Example: wsiscale tile slide.svs --mpp 0.5 -o slide.ome.zarr
+    """
+    from wsiscale.estimation import as_record
+    from wsiscale.store import plan_store, write_store
+    from wsiscale.tissue import find_tissue
+
+    if (mpp is None) == (scale is None):
+        raise OptionError("give either --mpp UM, --mpp auto, or --scale")
+    with _open(slide, slide_mpp, mpp_csv, reader) as opened:
+        found = None
+        target = _parse_mpp(mpp)
+        if mpp == "auto":
+            found = _estimate(
+                opened,
+                model=model,
+                weights=weights,
+                trust_model=trust_model,
+                criterion=criterion,
+                mpp_range=_parse_range(mpp_range, "--mpp-range"),
+                scale_range=_parse_range(scale_range, "--scale-range"),
+                tile_size=None,
+                places=places,
+                max_upsample=max_upsample,
+                detector=detector,
+                device=device,
+                batch_size=None,
+                seed=seed,
+            )
+            print(_sentence(found), file=sys.stderr)
+            if found.abstained is not None:
+                return _fail("nothing written; give --mpp UM to choose yourself", ABSTAINED)
+            target, scale = (found.mpp, None) if found.mpp is not None else (None, found.scale)
+        where = find_tissue(opened, detector)
+        options: dict[str, Any] = {
+            "mpp": target,
+            "scale": scale,
+            "tissue": where,
+            "tile_size": tile_size,
+            "overlap": overlap,
+            "min_tissue": min_tissue,
+            "ngff": ngff,
+            "pixels": pixels,
+            "tolerance": tolerance,
+            "max_upsample": max_upsample,
+        }
+        plan = plan_store(output, opened, **options)
+        print(plan.sentence(), file=sys.stderr)
+        with _progress("chunks") as progress:
+            summary = write_store(
+                output,
+                opened,
+                **options,
+                estimate=None if found is None else as_record(found),
+                overwrite=overwrite,
+                progress=progress,
+            )
+    if as_json:
+        _print_json(summary.as_record())
+    else:
+        print(summary.sentence())
+    return DONE
+
+
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="an OME-Zarr that wsiscale wrote", metavar="STORE")], as_json: Json = False
+) -> int:
+    """Whether a store is whole: every file there, nothing altered. Exit code 1 where it is not.
+
+    Example: wsiscale verify slide.ome.zarr
+    """
+    from wsiscale.store import verify_store
+
+    report = verify_store(store)
+    if as_json:
+        _print_json({"store": str(store), "files": report.files, "problems": [vars(p) for p in report.problems]})
+    else:
+        for problem in report.problems:
+            print(f"{problem.path}: {problem.what}")
+        print(f"{store}: " + (f"{len(report.problems)} problems" if report.problems else f"whole, {report.files} files"))
+    return FAILED if report.problems else DONE
+
+
+@app.command()
+def doctor(as_json: Json = False) -> int:
+    """Check the installation, and say what to do about what is found.
+
+    Example: wsiscale doctor
+    """
+    from wsiscale.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{'ok     ' if finding.ok else 'PROBLEM'}  {finding.what}: {finding.detail}")
+    return DONE if all(finding.ok for finding in findings) else FAILED
+
+
+@contextmanager
+def _open(slide: str, slide_mpp: float | None, mpp_csv: Path | None, reader: str) -> Iterator[Reader]:
+    from wsiscale.calibration import read_mpp_table
+    from wsiscale.readers import open_slide
+
+    if slide_mpp is None and mpp_csv is not None:
+        table = read_mpp_table(mpp_csv)
+        slide_mpp = table.get(slide, table.get(Path(slide).name))
+    with open_slide(slide, mpp=slide_mpp, reader=reader) as opened:
+        yield opened
+
+
+def _describe(slide: Reader) -> dict[str, Any]:
+    pyramid, calibration, source = slide.pyramid, slide.calibration, slide.source
+    return {
+        "slide": source.name,
+        "vendor": source.vendor,
+        "reader": source.reader,
+        "bytes": source.size,
+        "mpp": pyramid.mpp,
+        "calibration": vars(calibration),
+        "width": pyramid.shape[1],
+        "height": pyramid.shape[0],
+        "bounds": pyramid.bounds,
+        "levels": [
+            {"level": i, "width": w, "height": h, "downsample": d}
+            for i, ((h, w), d) in enumerate(zip(pyramid.shapes, pyramid.downsamples, strict=True))
+        ],
+    }
+
+
+def _estimate(
+    opened: Reader, *, model: str | None, weights: Path | None, trust_model: bool, tile_size: int | None, **options: Any
+) -> ScaleEstimate:
+    from wsiscale.estimation import estimate
+    from wsiscale.networks import load_network
+
+    network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
+    with _progress("tiles") as progress:
+        return estimate(opened, network, progress=progress, **options)
+
+
+def _sentence(result: ScaleEstimate) -> str:
+    """The answer for people."""
+    unit, factor = ("µm/px", result.slide_mpp) if result.slide_mpp is not None else ("level-0 px per px", 1.0)
+    assert factor is not None
+    lines = []
+    if result.abstained is not None or result.scale is None or result.ci90 is None:
+        why = result.abstained
+        lines.append(
+            f"no estimate for {result.slide}: {why.reason}, {why.detail}" if why else f"no estimate for {result.slide}"
+        )
+    else:
+        lo, hi = (bound * factor for bound in result.ci90)
+        mag = "" if result.magnification is None else f", about {result.magnification:.3g}x"
+        lines.append(
+            f"{result.slide}: {result.model} works best at {result.scale * factor:.3g} {unit}{mag} "
+            f"(90 % within {lo:.3g} to {hi:.3g}; {result.places} places)"
+        )
+    if result.curve is not None:
+        ends = result.curve.scales[[0, -1]] * factor
+        lines.append(f"  {result.criterion}  {ends[0]:.3g} {_spark(result.curve.score)} {ends[1]:.3g} {unit}")
+    return "\n".join([*lines, *(f"  note: {note}" for note in result.notes)])
+
+
+def _spark(score: Any) -> str:
+    """A curve in one line of text."""
+    lo, hi = min(score), max(score)
+    if not hi > lo:
+        return "▁" * len(score)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int((value - lo) / (hi - lo) * 8))] for value in score)
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, silent where that is not a terminal. Yields what takes (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(unit, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _parse_range(text: str | None, option: str) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    lo, _, hi = text.partition(":")
+    try:
+        return float(lo), float(hi)
+    except ValueError as error:
+        raise OptionError(f"{option} {text!r} is not LO:HI, such as 0.25:2") from error
+
+
+def _parse_list(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError as error:
+        raise OptionError(f"{option} {text!r} is not numbers with commas, such as 0.25,0.5,1") from error
+
+
+def _parse_mpp(text: str | None) -> float | None:
+    if text is None or text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise OptionError(f"--mpp {text!r} is not µm/px, such as 0.5, nor auto") from error
+
+
+def _print_json(record: Any) -> None:
+    print(json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2))

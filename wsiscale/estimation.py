@@ -1,0 +1,412 @@
+"""The scale at which a network works best on a slide: joins the stages, and knows when not to answer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from wsiscale.criteria import Criterion, find_criterion, peak
+from wsiscale.errors import NoTissueError, OptionError, ScaleError
+from wsiscale.geometry import mpp_error, scale_grid
+from wsiscale.places import sample_places
+from wsiscale.stacks import scale_stack
+from wsiscale.tissue import TissueDetector, find_tissue
+from wsiscale.types import Abstention, Reader, ScaleCurve, ScaleEstimate, ScaleResponse
+
+if TYPE_CHECKING:
+    from wsiscale.networks import Network
+
+MPP_RANGE = (0.125, 4.0)  # from finer than any scanner to the gland
+SCALE_RANGE = (1.0, 16.0)  # where the slide's µm/px is unknown: four octaves from level 0
+PLACES = 64
+PER_OCTAVE = 8
+
+# Fewer places than this make neither an interval nor a test.
+MIN_PLACES = 8
+# A curve is flat unless chance would give one as marked less than once in a hundred slides.
+SIGNIFICANCE = 0.01
+RESAMPLES = 400
+# Texture without structure (noise, phase-scrambled tissue) moves a network's answers over scale by its contrast alone. What
+# structure adds has to be at least this share of what is seen.
+STRUCTURE_SHARE = 0.2
+# Two peaks are two answers when they are this far apart and each wins in this share of the resamples.
+BIMODAL_OCTAVES = 0.75
+BIMODAL_SHARE = 0.15
+# An interval wider than this tells a user nothing.
+WIDEST_OCTAVES = 2.0
+# Networks do work best an octave away from where they were trained; further, one of the two µm/px is wrong.
+CONFLICT_OCTAVES = 1.5
+
+STRUCTURE_VIEW = "phase_scrambled"
+
+
+def estimate(
+    slide: Reader,
+    network: Network | Any | None = None,
+    *,
+    mpp_range: tuple[float, float] | None = None,
+    scale_range: tuple[float, float] | None = None,
+    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = "confidence",
+    places: int = PLACES,
+    tile_size: int | None = None,
+    max_upsample: float = 1.0,
+    per_octave: int = PER_OCTAVE,
+    detector: TissueDetector | str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ScaleEstimate:
+    """The scale at which `network` works best on the tissue of `slide`, or a named abstention.
+
+    `network` is a Network, an nn.Module, or anything `load_network` takes; None is the embedded one. The range is in µm/px
+    (`mpp_range`) or relative to level 0 (`scale_range`); a slide without µm/px is worked in relative scale. The range is
+    clipped to what the slide holds, which `notes` says. Raises MppError where the slide's µm/px is implausible and no
+    `scale_range` is given, and ModelError before any work where the network cannot take a tile.
+    """
+    from wsiscale.networks import load_network, respond
+
+    started = time.perf_counter()
+    rule = find_criterion(criterion)
+    loaded = load_network(network, tile_size=tile_size)
+    size = loaded.tile_size
+    lo, hi, notes = _range(slide, mpp_range, scale_range, size=size, max_upsample=max_upsample)
+    about: dict[str, Any] = {
+        "slide": slide.source.name,
+        "mpp_source": slide.calibration.source,
+        "model": loaded.name,
+        "notes": notes,
+    }
+    tissue = find_tissue(slide, detector)
+    try:
+        centers = sample_places(tissue, places, seed=seed, field=size * hi)
+    except NoTissueError as error:
+        nothing = _abstain(rule, slide.pyramid.mpp, Abstention("no_tissue", str(error)), seed=seed)
+        return replace(nothing, seconds=time.perf_counter() - started, **about)
+    stack = scale_stack(slide, centers, scales=scale_grid(lo, hi, per_octave=per_octave), size=size, max_upsample=max_upsample)
+    views = tuple(dict.fromkeys((*rule.views, STRUCTURE_VIEW)))
+    response = respond(loaded, stack, views=views, layers=rule.layers, device=device, batch_size=batch_size, progress=progress)
+    result = estimate_response(response, rule, seed=seed)
+    result = replace(
+        result,
+        layers=tuple(response.layers),
+        forwards=len(centers) * len(stack.scales) * (1 + len(views)),
+        seconds=time.perf_counter() - started,
+        **about,
+    )
+    return _checked_against_training(result, loaded.training_mpp)
+
+
+def _range(
+    slide: Reader,
+    mpp_range: tuple[float, float] | None,
+    scale_range: tuple[float, float] | None,
+    *,
+    size: int,
+    max_upsample: float,
+) -> tuple[float, float, tuple[str, ...]]:
+    """(lo, hi) in level-0 px per px, clipped to what the slide holds, and what was clipped."""
+    mpp = slide.pyramid.mpp
+    if mpp_range is not None and scale_range is not None:
+        raise OptionError("give either a range in µm/px or one in relative scale, not both")
+    if max_upsample < 1:
+        raise OptionError(f"max_upsample is 1 (no upsampling) or more, not {max_upsample:g}")
+    asked = scale_range or mpp_range
+    if asked is not None and not 0 < asked[0] < asked[1]:
+        raise OptionError(f"a range runs from low to high, above 0; got {asked[0]:g}:{asked[1]:g}")
+    if scale_range is None and mpp is None and (mpp_range is not None or slide.calibration.verdict == "refused"):
+        raise mpp_error("an estimate in µm/px was asked for", slide.calibration)
+    if scale_range is not None:
+        lo, hi = scale_range
+    elif mpp is not None:
+        lo, hi = ((m / mpp) for m in (mpp_range or MPP_RANGE))
+    else:
+        lo, hi = SCALE_RANGE[0] / max_upsample, SCALE_RANGE[1]
+    notes = [slide.calibration.detail] if slide.calibration.verdict == "suspicious" else []
+    finest = 1 / max_upsample
+    if lo < finest:
+        notes.append(f"the range starts at {_named(finest, mpp)}, the slide's finest within max_upsample {max_upsample:g}")
+        lo = finest
+    _, _, height, width = slide.pyramid.scanned
+    coarsest = min(height, width) / size
+    if hi > coarsest:
+        notes.append(f"the range ends at {_named(coarsest, mpp)}, where a tile of {size} px is as wide as the slide")
+        hi = coarsest
+    if hi < lo * 2**0.5:
+        raise ScaleError(
+            f"the slide, {height} x {width} px, and the range leave less than half an octave for tiles of {size} px "
+            f"({_named(lo, mpp)} to {_named(hi, mpp)}); use a wider range, a smaller --tile-size, or --max-upsample"
+        )
+    return lo, hi, tuple(notes)
+
+
+def _named(scale: float, mpp: float | None) -> str:
+    return f"{scale * mpp:.3g} µm/px" if mpp is not None else f"scale {scale:.3g}"
+
+
+def _checked_against_training(result: ScaleEstimate, training_mpp: float | None) -> ScaleEstimate:
+    """An abstention where the slide's tag and the network's stated training µm/px cannot both be right."""
+    if training_mpp is None or result.mpp is None or result.slide_mpp is None:
+        return result
+    octaves = float(np.log2(result.mpp / training_mpp))
+    if abs(octaves) <= CONFLICT_OCTAVES:
+        return result
+    detail = (
+        f"the network works best at {result.mpp:.3g} µm/px by the slide's tag, {abs(octaves):.1f} octaves from the "
+        f"{training_mpp:g} µm/px it was trained at; the slide's {result.slide_mpp:.4g} µm/px ({result.mpp_source}) or the "
+        "network's is wrong"
+    )
+    return replace(result, scale=None, ci90=None, abstained=Abstention("metadata_conflict", detail))
+
+
+def estimate_response(
+    response: ScaleResponse,
+    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = "confidence",
+    *,
+    seed: int = 0,
+) -> ScaleEstimate:
+    """The scale that `criterion` finds best in `response`, with a 90 % bootstrap interval over places, or an abstention.
+
+    Pure numpy. Places with non-finite answers are left out, and counted: above a tenth of them there is no estimate.
+    """
+    rule = find_criterion(criterion)
+    scores = _score_places(response, rule)  # (N, S)
+    finite = np.asarray(np.isfinite(scores).all(axis=1))
+    used = np.flatnonzero(finite)
+
+    def no(reason: str, detail: str, **found: Any) -> ScaleEstimate:
+        return _abstain(rule, response.slide_mpp, Abstention(reason, detail), seed=seed, places=len(used), **found)
+
+    if len(finite) and (~finite).sum() > 0.1 * len(finite):
+        return no("non_finite", f"the network answered NaN or infinity at {(~finite).sum()} of {len(finite)} places")
+    if len(used) < MIN_PLACES:
+        return no("too_few_places", f"{len(used)} places on tissue; an estimate needs {MIN_PLACES}")
+    response, scores = response.take(used), scores[used]
+    scales = response.scales
+    rng = np.random.default_rng(seed)
+    votes = _votes(response, rule, scores)
+    pooled = rule.score(response)
+    draws, curves = _bootstrap(response, rule, scores, votes, pooled, rng)  # (B,) scales, (B, S)
+    band = np.percentile(curves, [5, 95], axis=0)
+    found: dict[str, Any] = {"curve": ScaleCurve(scales=scales, score=pooled, lo=band[0], hi=band[1]), "votes": votes}
+    best = _decide(response, rule, pooled)
+
+    half_step = float(np.log2(scales[1] / scales[0])) / 2
+    if _is_flat(scores, rng):
+        if (split := _modes(np.log2(votes[np.isfinite(votes)]))) is not None:
+            return no("bimodal", _two(split, response.slide_mpp), **found)
+        return no("flat_curve", "the score does not change over scale by more than chance between places would", **found)
+    if best is None or not np.isfinite(best):
+        return no("no_optimum", f"the rule of {rule.name} finds no optimum in this range", **found)
+    if _lacks_structure(response, rule, scores, rng):
+        detail = "the network answers the slide's colours and texture spectrum alone, not its structure"
+        return no("no_structure", detail, **found)
+    octaves = np.log2(draws[np.isfinite(draws)])
+    if (end := _end_reached(scales, scores, best, half_step, own_rule=rule.decide is not None)) is not None:
+        detail = f"the {end} end of the range is about as good as anything in it; the optimum may lie beyond"
+        return no("boundary_optimum", detail, **found)
+    if (split := _modes(octaves)) is not None:
+        return no("bimodal", _two(split, response.slide_mpp), **found)
+    lo, hi = np.percentile(octaves, [5, 95])
+    # A parabola through three points of the grid is good to about a quarter of a step, however alike the places are.
+    lo, hi = min(lo, np.log2(best) - half_step / 2), max(hi, np.log2(best) + half_step / 2)
+    if hi - lo > WIDEST_OCTAVES:
+        return no("wide_interval", f"the places disagree: the interval is {hi - lo:.1f} octaves wide", **found)
+    return ScaleEstimate(
+        scale=float(best),
+        ci90=(float(2**lo), float(2**hi)),
+        slide_mpp=response.slide_mpp,
+        abstained=None,
+        criterion=rule.name,
+        places=len(used),
+        seed=seed,
+        curve=found["curve"],
+        votes=votes,
+    )
+
+
+def _abstain(
+    rule: Criterion,
+    slide_mpp: float | None,
+    why: Abstention,
+    *,
+    seed: int,
+    places: int = 0,
+    curve: ScaleCurve | None = None,
+    votes: NDArray[np.float64] | None = None,
+) -> ScaleEstimate:
+    return ScaleEstimate(
+        scale=None,
+        ci90=None,
+        slide_mpp=slide_mpp,
+        abstained=why,
+        criterion=rule.name,
+        curve=curve,
+        votes=np.empty(0) if votes is None else votes,
+        places=places,
+        seed=seed,
+    )
+
+
+def _score_places(response: ScaleResponse, rule: Criterion) -> NDArray[np.float64]:
+    """(N, S): the criterion on each place alone."""
+    if response.places == 0:
+        return np.empty((0, len(response.scales)))
+    return np.stack([rule.score(response.take(np.array([i]))) for i in range(response.places)])
+
+
+def _decide(response: ScaleResponse, rule: Criterion, score: NDArray[np.float64]) -> float | None:
+    return rule.decide(response) if rule.decide is not None else peak(response.scales, score)
+
+
+def _votes(response: ScaleResponse, rule: Criterion, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) the scale that each place alone would choose; NaN where it would choose none."""
+    one = [_decide(response.take(np.array([i])), rule, scores[i]) for i in range(len(scores))]
+    return np.array([np.nan if scale is None else scale for scale in one])
+
+
+def _bootstrap(
+    response: ScaleResponse,
+    rule: Criterion,
+    scores: NDArray[np.float64],
+    votes: NDArray[np.float64],
+    pooled: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Decisions (B,) and score curves (B, S) on places drawn with replacement."""
+    draws = rng.integers(len(scores), size=(RESAMPLES, len(scores)))
+    mean_of_places = np.allclose(pooled, scores.mean(axis=0), rtol=1e-5, atol=1e-8)
+    if mean_of_places and (rule.decide is None or rule.combine is not None):
+        # Most criteria are means over places; their resamples are means of rows, and need no second look at the response.
+        curves = scores[draws].mean(axis=1)
+        if rule.combine is None:
+            return np.array([peak(response.scales, c) for c in curves]), curves
+        combined = [rule.combine(v) for v in votes[draws]]
+        return np.array([np.nan if d is None else d for d in combined]), curves
+    resampled = [response.take(places) for places in draws]
+    curves = np.stack([rule.score(r) for r in resampled])
+    decided = [_decide(r, rule, c) for r, c in zip(resampled, curves, strict=True)]
+    return np.array([np.nan if d is None else d for d in decided]), curves
+
+
+def _is_flat(scores: NDArray[np.float64], rng: np.random.Generator) -> bool:
+    """Whether the mean curve is no more marked than places with nothing in common would give.
+
+    A sign-flip test: each place's centred curve is as likely as its mirror image if the places share no trend. It keeps
+    each curve's smoothness over scale, which shuffling the scales would destroy.
+    """
+    centred = scores - scores.mean(axis=1, keepdims=True)
+    return _flip_test(centred, rng) > SIGNIFICANCE
+
+
+def _flip_test(curves: NDArray[np.float64], rng: np.random.Generator, resamples: int = 999) -> float:
+    """The p-value of (N, S) curves having a mean that is nowhere zero, under random signs of the rows."""
+    seen = np.square(curves.mean(axis=0)).sum()
+    if seen == 0:
+        return 1.0
+    signs = rng.choice([-1.0, 1.0], size=(resamples, len(curves)))
+    chance = np.square(signs @ curves / len(curves)).sum(axis=1)
+    return float((1 + (chance >= seen * (1 - 1e-12)).sum()) / (1 + resamples))
+
+
+def _lacks_structure(response: ScaleResponse, rule: Criterion, scores: NDArray[np.float64], rng: np.random.Generator) -> bool:
+    """Whether phase-scrambled tiles - same colours, same spectrum, no structure - would have given the same curve."""
+    scrambled = response.views.get(STRUCTURE_VIEW)
+    if scrambled is None:
+        return False
+    null = _score_places(replace(scrambled, views={STRUCTURE_VIEW: scrambled}), rule)
+    added = scores - null  # (N, S)
+    if _flip_test(added, rng) > SIGNIFICANCE:
+        return True
+    return bool(np.ptp(added.mean(axis=0)) < STRUCTURE_SHARE * np.ptp(scores.mean(axis=0)))
+
+
+def _end_reached(
+    scales: NDArray[np.float64], scores: NDArray[np.float64], best: float, half_step: float, *, own_rule: bool
+) -> str | None:
+    """The end of the range, "finest" or "coarsest", at which `best` lies or from which its score does not stand out.
+
+    A paired t test over places, one-sided, at `SIGNIFICANCE` shared among the scales that the best was chosen from. Methods
+    with a rule of their own do not go by the height of the score, and are only held to not choosing an end.
+    """
+    for end, name in ((0, "finest"), (-1, "coarsest")):
+        if abs(np.log2(best / scales[end])) < half_step:
+            return name
+        top = int(np.abs(np.log2(scales / best)).argmin())
+        gain = scores[:, top] - scores[:, end]
+        if not own_rule and not stats.ttest_1samp(gain, 0, alternative="greater").pvalue < SIGNIFICANCE / len(scales):
+            return name
+    return None
+
+
+def _two(split: tuple[float, float], slide_mpp: float | None) -> str:
+    low, high = (_named(2**octave, slide_mpp) for octave in split)
+    return f"two scales are about as good: {low} and {high}"
+
+
+def _modes(octaves: NDArray[np.float64]) -> tuple[float, float] | None:
+    """The two medians, if the resampled answers (B,) fall into two groups far apart."""
+    ordered = np.sort(octaves)
+    gaps = np.diff(ordered)
+    if len(gaps) == 0 or gaps.max() < BIMODAL_OCTAVES:
+        return None
+    cut = int(gaps.argmax()) + 1
+    if min(cut, len(ordered) - cut) < BIMODAL_SHARE * len(ordered):
+        return None
+    return float(np.median(ordered[:cut])), float(np.median(ordered[cut:]))
+
+
+def as_record(result: ScaleEstimate) -> dict[str, Any]:
+    """What `estimate --json` prints and a store keeps: plain, in µm/px where the slide's is known, else in relative scale."""
+    unit = "scale" if result.slide_mpp is None else "mpp"
+    factor = 1.0 if result.slide_mpp is None else result.slide_mpp
+    curve = None
+    if result.curve is not None:
+        curve = {unit: _plain(result.curve.scales * factor)}
+        curve |= {name: _plain(getattr(result.curve, name)) for name in ("score", "lo", "hi")}
+    return {
+        "slide": result.slide,
+        "mpp": result.mpp,
+        "ci90": None if result.ci90 is None else [bound * factor for bound in result.ci90],
+        "magnification": result.magnification,
+        "scale": result.scale,
+        "abstained": None if result.abstained is None else vars(result.abstained),
+        "criterion": result.criterion,
+        "model": result.model,
+        "layers": list(result.layers),
+        "places": result.places,
+        "forwards": result.forwards,
+        "seconds": round(result.seconds, 3),
+        "slide_mpp": result.slide_mpp,
+        "mpp_source": result.mpp_source,
+        "curve": curve,
+        "votes": _plain(result.votes * factor),
+        "notes": list(result.notes),
+        "versions": versions(),
+        "seed": result.seed,
+    }
+
+
+def _plain(values: NDArray[np.float64]) -> list[float | None]:
+    """JSON knows no NaN."""
+    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values]
+
+
+def versions() -> dict[str, str]:
+    """Of what the answer depends on."""
+    names = ("wsiscale", "torch", "numpy", "openslide-bin", "tiffslide")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
