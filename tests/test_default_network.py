@@ -71,10 +71,12 @@ def test_the_card_and_the_factory_are_the_same_network(network: Network) -> None
 
     assert network.training_mpp == 0.5
     assert network.output == "segmentation"
+    # In training mode every answer would depend on its batch, and would change the stored statistics.
     assert not made.training
+    assert not network.module.training
     tiles = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.equal(made(tiles), network.module.eval()(tiles))
+        assert torch.equal(made(tiles), network.module(tiles))
         assert made(tiles).shape == (2, 2, 64, 96)
 
 

@@ -119,12 +119,12 @@ def test_one_broken_place_in_twenty_is_left_out_and_counted() -> None:
     assert octaves(found.scale, 2.0) < 0.1
 
 
-def test_a_curve_that_scrambled_tiles_give_too_is_not_structure() -> None:
+def test_a_curve_that_shuffled_tiles_give_too_is_not_structure() -> None:
     response = planted_response(2.0, seed=5, scales=SCALES)
     again = planted_response(2.0, seed=6, scales=SCALES)
 
-    found = estimate_response(replace(response, views={"phase_scrambled": again}))
-    believed = estimate_response(replace(response, views={"phase_scrambled": noise_response(seed=7, scales=SCALES)}))
+    found = estimate_response(replace(response, views={"pixel_shuffled": again}))
+    believed = estimate_response(replace(response, views={"pixel_shuffled": noise_response(seed=7, scales=SCALES)}))
 
     assert found.abstained is not None
     assert found.abstained.reason == "no_structure"

@@ -134,8 +134,7 @@ def test_torchvision_without_weights_is_random_says_so_and_is_the_same_each_time
 
 
 def test_a_timm_name_works_with_its_own_normalisation() -> None:
-    pytest.importorskip("torch")
-    import_torchvision()
+    import_torchvision()  # timm imports it, and would stumble
     pytest.importorskip("timm")
 
     network = load_network("timm:test_resnet")
@@ -228,6 +227,17 @@ def test_a_card_says_everything(tmp_path: Path) -> None:
     assert network.card == {"trained_on": "nothing"}
     assert network.licence == "CC0"
     assert tuple(response.layers) == ("features.0", "features.12")
+
+
+def test_without_a_spec_there_is_the_embedded_network() -> None:
+    network = load_network()
+
+    response = respond(network, stack_of(tiles(places=1, height=128, width=128)), layers="stages")
+
+    assert network.output == "segmentation"
+    assert network.training_mpp == 0.5
+    assert response.head_weight is not None
+    assert response.stages
 
 
 @pytest.mark.parametrize(
@@ -812,6 +822,24 @@ def test_transformers_are_pooled_over_their_positions() -> None:
     assert response.features @ response.head_weight.T + response.head_bias == pytest.approx(response.outputs.logits, abs=1e-4)  # type: ignore[union-attr, operator]
 
 
+def test_as_many_tokens_as_channels_do_not_swap_the_axes() -> None:
+    class Square(nn.Module):
+        """16 tokens of 16 channels: channel k is k everywhere."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(48, 16)
+            nn.init.zeros_(self.embed.weight)
+            self.embed.bias = nn.Parameter(torch.arange(16.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.embed(x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)).mean(1)
+
+    response = respond(load_network(Square(), tile_size=16), stack_of(tiles()), layers=["embed"])
+
+    assert np.array_equal(response.layers["embed"].mean[0, 0], np.arange(16))
+
+
 def test_what_is_not_finite_stays_so() -> None:
     class Diverges(nn.Module):
         def __init__(self) -> None:
@@ -907,8 +935,8 @@ class Hungry(nn.Module):
         return self.layers(x)
 
 
-@pytest.mark.parametrize("limit", [2, 3, 9])
-def test_out_of_memory_halves_the_batch_and_changes_no_answer(limit: int) -> None:
+@pytest.mark.parametrize(("limit", "settles_at"), [(2, 2), (3, 2), (9, 8)])
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(limit: int, settles_at: int) -> None:
     network, stack = small(lambda: Hungry(100)), stack_of(tiles(places=7, scales=3))
     whole = respond(network, stack)
     network.module.limit = limit
@@ -919,6 +947,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_answer(limit: int) -> Non
 
     assert_close(whole, parts)
     assert sum(size for size in network.module.sizes if size > limit) <= 16 + 8 + 4  # it does not try again what failed
+    assert max(size for size in network.module.sizes if size <= limit) == settles_at
     assert heard[-1] == (42, 42)
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
 

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from wsiscale.geometry import centered_view, scale_grid
 from wsiscale.testing import planted_network, planted_slide, random_stain, slide_image, tissue, write_svs
+from wsiscale.testing.procedural import _noise_at, _Window
 from wsiscale.testing.slides import area_mean
 from wsiscale.views import read_view
 
@@ -31,6 +32,14 @@ def test_the_same_seed_is_the_same_tissue_at_every_magnification() -> None:
     assert np.abs(averaged - coarse).mean() < 4
     assert np.corrcoef(averaged.ravel(), coarse.ravel())[0, 1] > 0.97
     assert ((nuclei[2::4, 2::4] > 0) == (coarse_nuclei > 0)).mean() > 0.97
+
+
+@pytest.mark.parametrize("mpp", [0.1, 0.25, 1.3])
+def test_noise_on_pixels_is_the_noise_at_their_centres(mpp: float) -> None:
+    window = _Window(50, 70, mpp, seed=9)
+    y, x = np.meshgrid((np.arange(50) + 0.5) * mpp, (np.arange(70) + 0.5) * mpp, indexing="ij")
+
+    assert window.noise(123, 2.5) == pytest.approx(_noise_at(9, 123, 2.5, y, x), abs=1e-4)
 
 
 def test_a_larger_window_shows_the_same_tissue_and_more_of_it() -> None:

@@ -22,6 +22,7 @@ from wsiscale.geometry import View
 from wsiscale.readers import ArrayReader, open_slide
 from wsiscale.readers.openslide import OpenSlideReader
 from wsiscale.readers.tiffslide import TiffSlideReader
+from wsiscale.readers.tiffslide import _location as location
 from wsiscale.testing import ReaderContract, where_am_i, whereabouts
 from wsiscale.testing.slides import area_mean
 from wsiscale.types import Reader
@@ -429,15 +430,22 @@ def damaged(image: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
-def test_a_broken_tile_is_an_error_and_the_rest_stays_readable(reader: str, damaged: Path, image: np.ndarray) -> None:
+def test_a_broken_tile_is_an_error_and_the_rest_stays_readable(
+    reader: str, damaged: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = count_openings(monkeypatch, OpenSlideReader)
     with open_slide(damaged, reader=reader) as slide:
         for _ in range(2):
             with pytest.raises(SlideError, match=r"level 0, 64 x 32 px at \(y, x\) = \(300, 310\)") as caught:
                 slide.read(level=0, y=300, x=310, height=64, width=32)
-            after = slide.read(level=0, y=0, x=0, height=256, width=WIDTH)
+            for _ in range(3):
+                after = slide.read(level=0, y=0, x=0, height=256, width=WIDTH)
 
             assert caught.value.code == "READ_FAILED"
             np.testing.assert_array_equal(after, image[:256])
+
+    # OpenSlide's handle fails for ever after an error: one more to make sure of it, and one for all that follows.
+    assert len(opened) == (5 if reader == "openslide" else 0)
 
 
 def test_a_broken_tile_fails_no_other_thread(damaged: Path, image: np.ndarray) -> None:
@@ -480,9 +488,7 @@ def test_a_tile_beyond_the_end_of_a_truncated_slide_is_an_error_never_black(
 def test_unpickling_opens_nothing_and_a_process_has_one_reader_of_a_slide(
     kind: type[OpenSlideReader], svs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = []
-    really_open = kind._open
-    monkeypatch.setattr(kind, "_open", lambda self, path: opened.append(path) or really_open(self, path))
+    opened = count_openings(monkeypatch, kind)
     with kind(svs) as reader, kind(svs, mpp=0.5) as other:
         pickled, pickled_other = pickle.dumps(reader), pickle.dumps(other)
     opened.clear()
@@ -631,7 +637,21 @@ def test_a_real_level_lies_where_level_0_says(real_data: Path) -> None:
             assert np.abs(shift).max() <= 0.05
 
 
+@pytest.mark.parametrize("downsample", [1.0, 1.1, 4 / 3, 2.0024265754205874, 2.2, 7 / 3, 4.000325, 16.04941176470588])
+def test_tiffslide_is_asked_for_the_pixel_that_is_meant(downsample: float) -> None:
+    # It cuts off the quotient: 33 / 1.1 is 29.999999999999996, so that asking for 33 would give pixel 29 for 30.
+    assert all(int(location(pixel, downsample) / downsample) == pixel for pixel in range(20_000))
+
+
 # Fixtures
+
+
+def count_openings(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[str]:
+    """The paths that readers of this kind open from now on."""
+    opened: list[str] = []
+    really_open = kind._open
+    monkeypatch.setattr(kind, "_open", lambda self, path: opened.append(path) or really_open(self, path))
+    return opened
 
 
 def write_aperio(path: Path, levels: Sequence[np.ndarray], *, compression: str = "lzw") -> None:

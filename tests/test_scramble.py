@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from wsiscale.scramble import phase_scramble
+from wsiscale.scramble import phase_scramble, pixel_shuffle
 
 
 def discs(*, height: int = 96, width: int = 80, seed: int = 0) -> NDArray[np.uint8]:
@@ -81,3 +81,17 @@ def test_odd_sizes_flat_tiles_and_empty_batches_pass() -> None:
 
     assert np.array_equal(phase_scramble(flat, seed=0), flat)
     assert phase_scramble(flat[:0], seed=0).shape == (0, 7, 9, 3)
+
+
+def test_shuffled_pixels_are_the_same_ones_elsewhere_whatever_the_batch() -> None:
+    images = np.stack([discs(seed=0), discs(seed=1)])
+
+    shuffled = pixel_shuffle(images, seed=0)
+
+    for before, after in zip(images, shuffled, strict=True):
+        assert (np.sort(before.reshape(-1, 3), axis=0) == np.sort(after.reshape(-1, 3), axis=0)).all()
+        colours = {tuple(pixel) for pixel in before.reshape(-1, 3)}
+        assert {tuple(pixel) for pixel in after.reshape(-1, 3)} == colours  # the channels stay together
+        assert (before != after).any(axis=2).mean() > 0.8
+    assert (pixel_shuffle(images[1:], seed=0)[0] == shuffled[1]).all()
+    assert (pixel_shuffle(images, seed=1) != shuffled).any()

@@ -564,16 +564,35 @@ def test_a_slide_that_cannot_be_read_to_its_end_leaves_nothing(tmp_path: Path) -
     assert names(tmp_path) == []
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    slide = ArrayReader(scan(3000, 5000), mpp=0.5)
+class Slow(ArrayReader):
+    """A slide that takes a while, so that threads are in the midst of it when others fail."""
+
+    def read(self, **window: int) -> NDArray[np.uint8]:
+        time.sleep(0.002 * (window["x"] // 100))
+        return super().read(**window)
+
+
+def test_an_interrupt_leaves_nothing_and_nobody_working(tmp_path: Path) -> None:
+    slide = Slow(scan(3000, 5000), mpp=0.5)
 
     def interrupt(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_store(tmp_path / "s", slide, mpp=0.5, tissue=tissue_at(slide), progress=interrupt)
+        write_store(tmp_path / "s", slide, mpp=0.5, tissue=tissue_at(slide), threads=3, progress=interrupt)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("wsiscale-store")]
     assert names(tmp_path) == []
+
+
+def test_what_appears_under_the_name_meanwhile_is_not_replaced(slide: ArrayReader, tmp_path: Path) -> None:
+    def appear(done: int, total: int) -> None:
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / "thesis.txt").write_text("mine")
+
+    with pytest.raises(StoreError):
+        write_store(tmp_path / "s", slide, mpp=0.5, tissue=tissue_at(slide), progress=appear)
+    assert names(tmp_path) == ["s"]
+    assert names(tmp_path / "s") == ["thesis.txt"]
 
 
 # Not white, so that every shard has a file; `sleep` seconds a read, so that there is a middle to be killed in.
@@ -701,6 +720,28 @@ def test_an_existing_store_stays_until_a_new_one_is_whole(slide: ArrayReader, tm
     assert open_store(path).mpp == 2.0
     assert verify_store(path).ok
     assert names(tmp_path) == ["s.ome.zarr"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux swaps two folders in one step")
+def test_at_no_moment_of_an_overwrite_is_there_no_store(slide: ArrayReader, tmp_path: Path) -> None:
+    path = tmp_path / "s.ome.zarr"
+    tissue = tissue_at(slide)
+    write_store(path, slide, mpp=1.0, tissue=tissue)
+    finished, missed = threading.Event(), []
+
+    def watch() -> None:
+        while not finished.is_set():
+            if not (path / "manifest.json").exists():
+                missed.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for mpp in (2.0, 1.0, 3.0):
+        write_store(path, slide, mpp=mpp, tissue=tissue, overwrite=True)
+    finished.set()
+    watcher.join()
+
+    assert not missed
 
 
 def test_overwriting_works_where_the_system_cannot_swap_folders(
@@ -863,6 +904,26 @@ def test_reading_damaged_pixels_is_an_error_not_other_pixels(slide: ArrayReader,
         with pytest.raises(StoreError, match="verify"):
             whole(path)
         shard.write_bytes(sound)
+
+
+# Documentation
+
+
+def test_the_documented_way_to_read_a_store_works(slide: ArrayReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "output-format.md").read_text()
+    example = re.search(r"## Reading it\n```python\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    monkeypatch.chdir(tmp_path)
+    write_store("slide.ome.zarr", slide, mpp=0.73, tissue=tissue_at(slide))
+
+    exec(example[1], {})
+
+
+def test_the_documentation_names_every_attribute_and_column(written: dict[Ngff, Path]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "output-format.md").read_text()
+    opened = open_store(written["0.5"])
+
+    assert not [name for name in [*opened.attributes, *opened.tile_table] if f"`{name}`" not in page]
 
 
 # Memory

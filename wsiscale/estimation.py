@@ -34,8 +34,8 @@ MIN_PLACES = 8
 # A curve is flat unless chance would give one as marked less than once in a hundred slides.
 SIGNIFICANCE = 0.01
 RESAMPLES = 400
-# Texture without structure (noise, phase-scrambled tissue) moves a network's answers over scale by its contrast alone. What
-# structure adds has to be at least this share of what is seen.
+# Noise moves a network's answers over scale by its contrast alone. What the arrangement of the pixels adds has to be at least
+# this share of what is seen.
 STRUCTURE_SHARE = 0.2
 # Two peaks are two answers when they are this far apart and each wins in this share of the resamples.
 BIMODAL_OCTAVES = 0.75
@@ -45,7 +45,7 @@ WIDEST_OCTAVES = 2.0
 # Networks do work best an octave away from where they were trained; further, one of the two µm/px is wrong.
 CONFLICT_OCTAVES = 1.5
 
-STRUCTURE_VIEW = "phase_scrambled"
+STRUCTURE_VIEW = "pixel_shuffled"
 
 
 def estimate(
@@ -207,7 +207,7 @@ def estimate_response(
     if best is None or not np.isfinite(best):
         return no("no_optimum", f"the rule of {rule.name} finds no optimum in this range", **found)
     if _lacks_structure(response, rule, scores, rng):
-        detail = "the network answers the slide's colours and texture spectrum alone, not its structure"
+        detail = "the network answers the slide's colours alone, not their arrangement: shuffled pixels give the same curve"
         return no("no_structure", detail, **found)
     octaves = np.log2(draws[np.isfinite(draws)])
     if (end := _end_reached(scales, scores, best, half_step, own_rule=rule.decide is not None)) is not None:
@@ -318,7 +318,7 @@ def _flip_test(curves: NDArray[np.float64], rng: np.random.Generator, resamples:
 
 
 def _lacks_structure(response: ScaleResponse, rule: Criterion, scores: NDArray[np.float64], rng: np.random.Generator) -> bool:
-    """Whether phase-scrambled tiles - same colours, same spectrum, no structure - would have given the same curve."""
+    """Whether tiles with their pixels shuffled - the same colours, no structure - would have given the same curve."""
     scrambled = response.views.get(STRUCTURE_VIEW)
     if scrambled is None:
         return False

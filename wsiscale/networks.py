@@ -33,14 +33,14 @@ from torch.utils.hooks import RemovableHandle
 
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.plugins import load_object
-from wsiscale.scramble import phase_scramble
+from wsiscale.scramble import SCRAMBLES
 from wsiscale.types import BatchNormStatistics, LayerMoments, Outputs, ScaleResponse, ScaleStack
 
 log = logging.getLogger(__name__)
 
 OutputKind = Literal["classification", "segmentation", "features"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-View = Literal["rot90", "rot180", "rot270", "flip", "phase_scrambled"]
+View = Literal["rot90", "rot180", "rot270", "flip", "phase_scrambled", "pixel_shuffled"]
 
 DEFAULT_CARD = Path(__file__).parent / "cards" / "default.json"
 
@@ -159,7 +159,8 @@ def respond(
     """What `network` answers to each tile of `stack`, pooled over positions while it runs.
 
     `stack` may also be one (N, H, W, 3) array per scale, whose H and W may differ by scale; `scales` then says which.
-    `views` are asked beside the plain tile: rot90, rot180, rot270, flip, phase_scrambled (with `seed`). `agreement` with a
+    `views` are asked beside the plain tile: rot90, rot180, rot270, flip, and phase_scrambled or
+    pixel_shuffled (with `seed`). `agreement` with a
     view is one minus the total variation distance of the two softmaxes, mean over pixels mapped back to the plain frame.
     `layers` is "auto" (stages and BatchNorm inputs, or the card's), "stages", "batchnorm", "none", or names as in
     named_modules(); a BatchNorm is watched at its input, everything else at its output. Values that are not finite stay so.
@@ -184,7 +185,7 @@ def respond(
             log.warning("the response will take %.1f GB; watch fewer layers (layers=) if that is too much", size / 1e9)
         recorded: dict[str, _Arrays] = {view: {} for view in ("plain", *views)}
         done, total = 0, len(tiles) * (1 + len(views))
-        batches = _batches(tiles, scramble="phase_scrambled" in views, seed=seed, batch_size=batch_size, device=target)
+        batches = _batches(tiles, views=views, seed=seed, batch_size=batch_size, device=target)
         dtype = _autocast_dtype(precision, target)
         with closing(batches), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
             for batch, answers in _within_memory(batches, lambda batch: _answer(network, plan, batch, views, target)):
@@ -731,10 +732,10 @@ _FEATURES: _Key = ("features", "")
 class _Batch:
     index: NDArray[np.intp]  # (B,) place * S + scale
     tiles: NDArray[np.uint8]  # (B, H, W, 3)
-    scrambled: NDArray[np.uint8] | None
+    scrambled: Mapping[str, NDArray[np.uint8]]  # by view, (B, H, W, 3) each
 
     def __getitem__(self, part: slice) -> _Batch:
-        return _Batch(self.index[part], self.tiles[part], None if self.scrambled is None else self.scrambled[part])
+        return _Batch(self.index[part], self.tiles[part], {view: tiles[part] for view, tiles in self.scrambled.items()})
 
 
 def _within_memory(
@@ -776,15 +777,14 @@ def _answer(network: Network, plan: _Plan, batch: _Batch, views: Sequence[str], 
     plain: Tensor | None = None
     for view in ("plain", *views):
         seen = tiles
-        if view == "phase_scrambled":
-            assert batch.scrambled is not None
-            seen = torch.from_numpy(batch.scrambled).to(device)
+        if view in batch.scrambled:
+            seen = torch.from_numpy(batch.scrambled[view]).to(device)
         elif view != "plain":
             seen = _turned(tiles, view, rows=1)
         pooled[view], probabilities = _forward(network, plan, seen)
         if view == "plain":
             plain = probabilities
-        elif view != "phase_scrambled" and plain is not None and probabilities is not None:
+        elif view not in batch.scrambled and plain is not None and probabilities is not None:
             distance = (plain - _turned(probabilities, view, rows=2, back=True)).abs().sum(1) / 2  # (B, h, w)
             pooled[view][_AGREEMENT] = 1 - distance.flatten(1).mean(1)
     return {view: _download(columns) for view, columns in pooled.items()}
@@ -857,8 +857,13 @@ def _moments(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     positions = _positions(values, axis)
     if not positions:
         return values.float(), values.float().square()
-    # The norm needs no copy of the map, which makes it 50 times faster than values.square().mean() on a CPU.
-    norm = torch.linalg.vector_norm(values, dim=positions, dtype=torch.promote_types(values.dtype, torch.float32))
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if values.device.type == "cpu":
+        # Squares of one tile at a time stay in the cache: 4 to 50 times faster than values.square().mean() or the norm.
+        squares, inner = torch.empty_like(values[0], dtype=dtype), tuple(i - 1 for i in positions)
+        return _mean(values, axis), torch.stack([torch.square(tile.to(dtype), out=squares).mean(inner) for tile in values])
+    # The norm makes no copy of the map.
+    norm = torch.linalg.vector_norm(values, dim=positions, dtype=dtype)
     return _mean(values, axis), norm.square() / math.prod(values.shape[i] for i in positions)
 
 
@@ -1010,20 +1015,24 @@ def _tiles_of(stack: ScaleStack | Sequence[NDArray[np.uint8]], scales: Sequence[
     return tiles
 
 
-def _batches(tiles: _Tiles, *, scramble: bool, seed: int, batch_size: int | None, device: torch.device) -> Generator[_Batch]:
+def _batches(
+    tiles: _Tiles, *, views: Sequence[str], seed: int, batch_size: int | None, device: torch.device
+) -> Generator[_Batch]:
     """Tiles of one shape at a time, in batches."""
-    waiting: dict[tuple[int, int], list[tuple[int, _Tile, _Tile | None]]] = {shape: [] for shape in tiles.shapes}
+    scrambles = {view: SCRAMBLES[view] for view in views if view in SCRAMBLES}
+    waiting: dict[tuple[int, int], list[tuple[int, _Tile, dict[str, _Tile]]]] = {shape: [] for shape in tiles.shapes}
 
-    def read(place: int) -> list[tuple[_Tile, _Tile | None]]:
-        return [(tile, phase_scramble(tile[None], seed)[0] if scramble else None) for tile in tiles.read(place)]
+    def read(place: int) -> list[tuple[_Tile, dict[str, _Tile]]]:
+        found = tiles.read(place)
+        return [(tile, {view: scramble(tile[None], seed)[0] for view, scramble in scrambles.items()}) for tile in found]
 
     def batch(shape: tuple[int, int]) -> _Batch:
         index, plain, scrambled = zip(*waiting[shape], strict=True)
         waiting[shape].clear()
-        return _Batch(np.array(index), np.stack(plain), np.stack(scrambled) if scramble else None)
+        return _Batch(np.array(index), np.stack(plain), {view: np.stack([s[view] for s in scrambled]) for view in scrambles})
 
-    for place, views in enumerate(_read_ahead(read, tiles.places)):
-        for scale, (tile, scrambled) in enumerate(views):
+    for place, found in enumerate(_read_ahead(read, tiles.places)):
+        for scale, (tile, scrambled) in enumerate(found):
             shape = tiles.shapes[scale]
             waiting[shape].append((place * len(tiles.scales) + scale, tile, scrambled))
             if len(waiting[shape]) >= (batch_size or _batch_size(shape, device)):

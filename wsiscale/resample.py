@@ -31,14 +31,15 @@ def resample(plan: ReadPlan, window: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def resample_stack(plans: Sequence[ReadPlan], window: NDArray[np.uint8], *, y: int, x: int) -> NDArray[np.uint8]:
     """Views of one size at several scales from one window of their common level: (S, H, W, 3).
 
-    `y` and `x` are where the window lies in its level. Beyond a factor of 4 a view is averaged from exact 2 x 2 means of the
-    window instead of the window itself, which keeps the cost of a stack near that of its widest view; the mips stay at
-    least twice as fine as the view, so that only the weights of its edge pixels are affected.
+    `y` and `x` are where the window lies in its level. Up to a factor of 16 a view is the exact area mean; beyond, it is
+    averaged from 2 x 2 means of the window that stay at least 8 times as fine as the view, so that only the weights of its
+    edges are affected. (Twice as fine would do a 40-scale stack in 0.08 s instead of 0.13 s, but lowers the variance of the
+    Laplacian by 18 % at a factor of 4.1 and 26 % at 8.1 on real tissue: a saw of sharpness along the axis that is studied.)
     """
     mips = [window]
     views = []
     for plan in plans:
-        octave = max(0, math.floor(math.log2(plan.factor)) - 1)
+        octave = max(0, math.floor(math.log2(plan.factor)) - 3)
         while len(mips) <= octave:
             mips.append(halve(mips[-1]))
         source, step = mips[octave], 2**octave
@@ -59,7 +60,10 @@ def _reach(start: float, length: float, available: int, factor: float) -> tuple[
 
 
 def halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """2 x 2 means, rounded; an odd last row or column is repeated."""
+    """2 x 2 means, halves to even; an odd last row or column is repeated.
+
+    Rounding halves up would brighten every octave by an eighth of a grey level, a trend along the very axis that is studied.
+    """
     odd = [(0, n % 2) for n in image.shape[:2]]
     if any(pad for _, pad in odd):
         image = np.pad(image, [*odd, (0, 0)], mode="edge")
@@ -67,7 +71,7 @@ def halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     total += image[0::2, 1::2]
     total += image[1::2, 0::2]
     total += image[1::2, 1::2]
-    return ((total + 2) >> 2).astype(np.uint8)
+    return ((total + 1 + (total >> 2 & 1)) >> 2).astype(np.uint8)
 
 
 def _weights(source: int, target: int, factor: float, offset: float) -> sparse.csr_array:
@@ -100,7 +104,7 @@ def _apply(rows: sparse.csr_array, columns: sparse.csr_array, image: NDArray[np.
 
 
 def _round(image: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.clip(image + 0.5, 0, 255).astype(np.uint8))
+    return np.ascontiguousarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
 
 
 def blocks(height: int, width: int, size: int) -> Iterator[tuple[int, int, int, int]]:

@@ -1,7 +1,7 @@
-"""Tiles without structure: the same colours and power spectrum, the phases drawn at random. Pure numpy and scipy.
+"""Tiles without structure: their pixels shuffled, or the phases of their waves. Pure numpy and scipy.
 
-What a network still answers to such a tile it owes to colour and texture energy alone. Criteria compare it with the answer
-to the tile itself.
+What a network still answers to such a tile it owes to colour alone (pixels), or to colour and texture energy (phases).
+Criteria compare it with the answer to the tile itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,23 @@ def phase_scramble(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     white. Depends on `seed` and the tile alone, not on its place in the batch.
     """
     return np.stack([_scramble(image, seed) for image in images]) if len(images) else images.copy()
+
+
+def pixel_shuffle(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """Each of (B, H, W, 3) with its pixels in random order: the same colours as often, and nothing else: (B, H, W, 3).
+
+    Depends on `seed` and the tile alone, not on its place in the batch.
+    """
+    return np.stack([_shuffle(image, seed) for image in images]) if len(images) else images.copy()
+
+
+# What a name of a view stands for; the other views are turned tiles.
+SCRAMBLES = {"phase_scrambled": phase_scramble, "pixel_shuffled": pixel_shuffle}
+
+
+def _shuffle(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    rng = np.random.default_rng((seed, zlib.crc32(image.tobytes())))
+    return rng.permutation(image.reshape(-1, 3), axis=0).reshape(image.shape)
 
 
 def _scramble(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:

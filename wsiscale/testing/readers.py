@@ -194,10 +194,15 @@ def _cut(image: NDArray[np.uint8], window: Window) -> NDArray[np.uint8]:
 
 @st.composite
 def _windows(draw: st.DrawFn, reader: Reader, level: int) -> Window:
-    """Windows of up to 80 px, inside of a level, across its edges, and well outside."""
+    """Windows of up to 80 px, inside of a level, across its edges, and well outside; many at the edges, where errors are."""
     height, width = draw(st.integers(0, 80)), draw(st.integers(0, 80))
-    level_height, level_width = reader.pyramid.shapes[level]
-    return draw(st.integers(-100, level_height + 20)), draw(st.integers(-100, level_width + 20)), height, width
+    y, x = (
+        draw(
+            st.integers(-size, 0) | st.integers(0, extent) | st.integers(extent - size, extent) | st.integers(-100, extent + 99)
+        )
+        for size, extent in zip((height, width), reader.pyramid.shapes[level], strict=True)
+    )
+    return y, x, height, width
 
 
 @st.composite
