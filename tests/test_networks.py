@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.networks import Network, choose_device, import_torchvision, load_network, respond, response_bytes
-from wsiscale.scramble import phase_scramble
+from wsiscale.scramble import phase_scramble, pixel_shuffle
 from wsiscale.types import ScaleResponse, ScaleStack
 
 NETS = Path(nets.__file__)
@@ -872,6 +872,7 @@ def test_what_is_not_finite_stays_so() -> None:
         ("rot270", lambda i: np.rot90(i, 3, (2, 3))),
         ("flip", lambda i: i[:, :, :, ::-1]),
         ("phase_scrambled", lambda i: phase_scramble(i.reshape(-1, *i.shape[2:]), seed=3).reshape(i.shape)),
+        ("pixel_shuffled", lambda i: pixel_shuffle(i.reshape(-1, *i.shape[2:]), seed=3).reshape(i.shape)),
     ],
 )
 def test_a_view_is_the_response_to_the_tile_seen_so(view: str, turn: Callable[[Any], Any]) -> None:

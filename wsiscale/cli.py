@@ -283,9 +283,10 @@ def tile(
     Example: wsiscale tile slide.svs --mpp 0.5 -o slide.ome.zarr
     """
     from wsiscale.estimation import as_record
-    from wsiscale.store import plan_store, write_store
+    from wsiscale.store import check_destination, plan_store, write_store
     from wsiscale.tissue import find_tissue
 
+    check_destination(output, overwrite=overwrite)
     if (mpp is None) == (scale is None):
         raise OptionError("give either --mpp UM, --mpp auto, or --scale")
     with _open(slide, slide_mpp, mpp_csv, reader) as opened:

@@ -86,7 +86,7 @@ def scale_for_mpp(mpp: float, slide_mpp: float | None, calibration: Calibration 
 
 def mpp_error(asked: str, calibration: Calibration | None) -> MppError:
     """The error for work that needs the slide's µm/px where there is none to be believed."""
-    way_out = "give it with --slide-mpp UM (mpp= in Python), or work in relative scale with --scale-range"
+    way_out = "give it with --slide-mpp UM (mpp= in Python), or work in relative scale (--scale-range, --scale)"
     if calibration is not None and calibration.verdict == "refused":
         return MppError(
             f"{asked}, but the slide's µm/px is implausible: {calibration.detail}; {way_out}", code="MPP_IMPLAUSIBLE"

@@ -159,9 +159,9 @@ def respond(
     """What `network` answers to each tile of `stack`, pooled over positions while it runs.
 
     `stack` may also be one (N, H, W, 3) array per scale, whose H and W may differ by scale; `scales` then says which.
-    `views` are asked beside the plain tile: rot90, rot180, rot270, flip, and phase_scrambled or
-    pixel_shuffled (with `seed`). `agreement` with a
-    view is one minus the total variation distance of the two softmaxes, mean over pixels mapped back to the plain frame.
+    `views` are asked beside the plain tile: rot90, rot180, rot270, flip, and with `seed` phase_scrambled, pixel_shuffled.
+    `agreement` with a turned view is one minus the total variation distance of the two softmaxes, mean over pixels mapped
+    back to the plain frame.
     `layers` is "auto" (stages and BatchNorm inputs, or the card's), "stages", "batchnorm", "none", or names as in
     named_modules(); a BatchNorm is watched at its input, everything else at its output. Values that are not finite stay so.
     `progress` hears of (done, total) tiles, views counted. Raises ModelError before the first tile is read where the network
