@@ -119,6 +119,8 @@ def load_network(
     """
     file = None if weights is None else Path(weights)
     module, known = _build(DEFAULT_CARD if spec is None else spec, weights=file, trust=trust_model)
+    if module is not spec:
+        module.eval()  # a factory hands over a fresh module in training mode; a module of the caller's stays as it is
     given = {
         "name": name,
         "tile_size": tile_size,
