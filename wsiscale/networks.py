@@ -119,8 +119,11 @@ def load_network(
     """
     file = None if weights is None else Path(weights)
     module, known = _build(DEFAULT_CARD if spec is None else spec, weights=file, trust=trust_model)
-    if module is not spec:
-        module.eval()  # a factory hands over a fresh module in training mode; a module of the caller's stays as it is
+    if module is not spec and module is not getattr(spec, "module", None):
+        # A factory hands over a fresh module in training mode; a module of the caller's stays as it is. Flags and not
+        # module.eval(), which torch.export's modules refuse.
+        for layer in module.modules():
+            layer.training = False
     given = {
         "name": name,
         "tile_size": tile_size,
@@ -1078,7 +1081,6 @@ def _autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, each submodule's own mode afterwards."""
-    # Flags and not module.eval(), which torch.export's modules refuse.
     flags = [(layer, layer.training) for layer in module.modules()]
     for layer, _ in flags:
         layer.training = False
