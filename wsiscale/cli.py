@@ -83,19 +83,19 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="torchvision:NAME, timm:NAME, file.py:factory, package:factory, model.pt2, card.json [the embedded network]"
+        help="torchvision:NAME, timm:NAME, file.py:factory, package:factory, model.pt2, card.json (none: the embedded one)"
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="weights for --model: safetensors, or a plain state dict")]
 TrustModel = Annotated[bool, typer.Option(help="load files that can execute code (model.pt2, pickled modules)")]
 Criterion = Annotated[str, typer.Option(help="confidence, penkin2022, penkin2023, bagamaev2022, or file.py:name")]
-MppRange = Annotated[str | None, typer.Option(help="look between these µm/px [0.125:4]", metavar="LO:HI")]
+MppRange = Annotated[str | None, typer.Option(help="look between these µm/px (none: 0.125:4)", metavar="LO:HI")]
 ScaleRange = Annotated[str | None, typer.Option(help="look between these level-0 px per px", metavar="LO:HI")]
-TileSize = Annotated[int | None, typer.Option(help="px the network takes [the model's own]")]
+TileSize = Annotated[int | None, typer.Option(help="px the network takes (none: the model's own)")]
 Places = Annotated[int, typer.Option(help="places on tissue to look at")]
 MaxUpsample = Annotated[float, typer.Option(help="how much finer than level 0 is allowed; 1: not at all")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, mps")]
-BatchSize = Annotated[int | None, typer.Option(help="tiles a forward pass [found by itself]")]
+BatchSize = Annotated[int | None, typer.Option(help="tiles a forward pass (none: found by itself)")]
 Seed = Annotated[int, typer.Option(help="of the places and the bootstrap")]
 Tolerance = Annotated[float, typer.Option(help="a level this near (0.01: 1 %) is taken as it is, without resampling")]
 

@@ -107,9 +107,13 @@ class StorePlan:
 
     def sentence(self) -> str:
         """What to say before it starts."""
-        pixels = f"a canvas of {self.canvas[1]} x {self.canvas[0]} px in {self.shards} files" if self.shapes else "no pixels"
+        pixels = (
+            f"a canvas of {self.canvas[1]} x {self.canvas[0]} px in {_counted(self.shards, 'file')}"
+            if self.shapes
+            else "no pixels"
+        )
         return (
-            f"{self.path.name}: {self.tiles} tiles of {self.grid.size} px {_at(self.scale, self.mpp)}, {pixels}; "
+            f"{self.path.name}: {_counted(self.tiles, 'tile')} of {self.grid.size} px {_at(self.scale, self.mpp)}, {pixels}; "
             f"up to {_size(self.bytes)}, {_size(self.free)} free"
         )
 
@@ -133,8 +137,8 @@ class StoreSummary:
 
     def sentence(self) -> str:
         return (
-            f"{self.path}: {self.tiles} tiles {_at(self.scale, self.mpp)}, {self.levels} levels, {self.files} files, "
-            f"{_size(self.bytes)}, {self.seconds:.1f} s"
+            f"{self.path}: {_counted(self.tiles, 'tile')} {_at(self.scale, self.mpp)}, {_counted(self.levels, 'level')}, "
+            f"{self.files} files, {_size(self.bytes)}, {self.seconds:.1f} s"
         )
 
     def as_record(self) -> dict[str, Any]:
@@ -1092,6 +1096,10 @@ def _workers(threads: int | None) -> int:
 
 def _at(scale: float, mpp: float | None) -> str:
     return f"at scale {scale:.4g}" if mpp is None else f"at {mpp:.4g} µm/px"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _size(count: int) -> str:
