@@ -82,7 +82,7 @@ class Maps(nn.Module):
 
 
 def test_a_file_names_a_factory() -> None:
-    network = load_network(f"{nets.__file__}:small_classifier", tile_size=16)
+    network = load_network(f"{NETS}:small_classifier", tile_size=16)
 
     assert (network.output, network.tile_size) == ("classification", 16)
     assert network.name.endswith("nets.py:small_classifier")
@@ -1184,6 +1184,6 @@ def test_a_network_built_from_a_name_is_in_evaluation_mode_and_the_callers_own_s
     own = nets.small_classifier().train()
 
     # A factory's fresh module in training mode answered by the batch's statistics, and changed its own at every call.
-    assert not load_network(f"{nets.__file__}:small_classifier", tile_size=16).module.training
+    assert not load_network(f"{NETS}:small_classifier", tile_size=16).module.training
     assert load_network(own, tile_size=16).module.training
     assert load_network(load_network(own, tile_size=16)).module.training

@@ -469,8 +469,8 @@ def test_a_plan_foretells_what_is_written(slide: ArrayReader, tmp_path: Path) ->
     assert steps == [(n, plan.shards) for n in range(1, plan.shards + 1)]
     assert summary.bytes <= plan.bytes <= 4 * summary.bytes
     assert plan.bytes < plan.free
-    assert plan.sentence().startswith(f"s: {plan.tiles} tiles of 512 px at 0.73 µm/px, a canvas of 1583 x 1028 px")
-    assert f"{plan.tiles} tiles at 0.73 µm/px" in summary.sentence()
+    assert plan.sentence().startswith(f"s: {plan.tiles} tile of 512 px at 0.73 µm/px, a canvas of 1583 x 1028 px")
+    assert f"{plan.tiles} tile at 0.73 µm/px" in summary.sentence()
     assert json.loads(json.dumps(summary.as_record()))["canvas"] == [1028, 1583]
 
 
