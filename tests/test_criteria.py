@@ -28,8 +28,9 @@ from wsiscale.geometry import scale_grid
 from wsiscale.testing.responses import noise_response, planted_response, response_of
 from wsiscale.types import LayerMoments, ScaleResponse
 
-WITH_RULE = pytest.mark.parametrize("criterion", [c for c in CRITERIA.values() if c.decide is not None], ids=lambda c: c.name)
-ALL = pytest.mark.parametrize("criterion", list(CRITERIA.values()), ids=lambda c: c.name)
+SEEDS = [CRITERIA[name] for name in ("confidence", "penkin2022", "penkin2023", "bagamaev2022")]
+WITH_RULE = pytest.mark.parametrize("criterion", [c for c in SEEDS if c.decide is not None], ids=lambda c: c.name)
+ALL = pytest.mark.parametrize("criterion", SEEDS, ids=lambda c: c.name)
 
 # How near to a planted optimum, on a grid of 8 per octave; the mode of the votes is on the grid, and jumps.
 OCTAVES = {"confidence": 0.1, "penkin2022": 0.1, "penkin2023": 0.25, "bagamaev2022": 0.1}

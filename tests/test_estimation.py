@@ -56,7 +56,7 @@ def test_noise_gives_no_estimate(kind: Literal["white", "walk"]) -> None:
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_more_or_other_places_of_the_same_kind_move_no_method_off_its_scale(criterion: str) -> None:
-    response = planted_response(2.0, seed=1, scales=SCALES, places=24)
+    response = planted_response(2.0, seed=1, scales=SCALES, places=24, everything=True)
     order = np.random.default_rng(0).permutation(24)
 
     found, shuffled = (estimate_response(r, criterion) for r in (response, response.take(order)))

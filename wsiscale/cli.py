@@ -94,6 +94,12 @@ ScaleRange = Annotated[str | None, typer.Option(help="look between these level-0
 TileSize = Annotated[int | None, typer.Option(help="px the network takes (none: the model's own)")]
 Places = Annotated[int, typer.Option(help="places on tissue to look at")]
 MaxUpsample = Annotated[float, typer.Option(help="how much finer than level 0 is allowed; 1: not at all")]
+Precision = Annotated[
+    float,
+    typer.Option(help="add places until the answer is good to so many octaves either way; 0: all places at all scales"),
+]
+Keep = Annotated[Path | None, typer.Option(help="write what the network answered there, to be reused")]
+Reuse = Annotated[Path | None, typer.Option(help="answers kept there by an earlier run; the network is not asked")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, mps")]
 BatchSize = Annotated[int | None, typer.Option(help="tiles a forward pass (none: found by itself)")]
 Seed = Annotated[int, typer.Option(help="of the places and the bootstrap")]
@@ -175,11 +181,15 @@ def estimate(
     slide_mpp: SlideMpp = None,
     mpp_csv: MppCsv = None,
     max_upsample: MaxUpsample = 1.0,
+    precision: Precision = 0.1,
     detector: TissueSpec = None,
     reader: ReaderName = "auto",
     device: Device = "auto",
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    keep: Keep = None,
+    reuse: Reuse = None,
+    overwrite: Annotated[bool, typer.Option(help="replace what stands at --keep")] = False,
     as_json: Json = False,
 ) -> int:
     """The µm/px at which the network works best on this slide, or a named reason why that cannot be said (exit code 3).
@@ -200,10 +210,14 @@ def estimate(
             tile_size=tile_size,
             places=places,
             max_upsample=max_upsample,
+            precision=precision or None,
             detector=detector,
             device=device,
             batch_size=batch_size,
             seed=seed,
+            keep=keep,
+            reuse=reuse,
+            overwrite=overwrite,
         )
     if as_json:
         _print_json(as_record(result))

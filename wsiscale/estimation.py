@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +17,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from wsiscale.criteria import Criterion, find_criterion, peak
-from wsiscale.errors import NoTissueError, OptionError, ScaleError
-from wsiscale.geometry import mpp_error, scale_grid
+from wsiscale.errors import NoTissueError, OptionError, ScaleError, StoreError
+from wsiscale.geometry import level_for, mpp_error, scale_grid
 from wsiscale.places import sample_places
+from wsiscale.responses import SavedResponse
+from wsiscale.search import STRUCTURE_VIEW, Judged, Searched, adaptive, full_grid
 from wsiscale.stacks import scale_stack
 from wsiscale.tissue import TissueDetector, find_tissue
-from wsiscale.types import Abstention, Reader, ScaleCurve, ScaleEstimate, ScaleResponse
+from wsiscale.types import Abstention, Reader, ScaleCurve, ScaleEstimate, ScaleResponse, ScaleStack
 
 if TYPE_CHECKING:
     from wsiscale.networks import Network
@@ -28,6 +33,7 @@ MPP_RANGE = (0.125, 4.0)  # from finer than any scanner to the gland
 SCALE_RANGE = (1.0, 16.0)  # where the slide's µm/px is unknown: four octaves from level 0
 PLACES = 64
 PER_OCTAVE = 8
+PRECISION = 0.1  # octaves
 
 # Fewer places than this make neither an interval nor a test.
 MIN_PLACES = 8
@@ -45,8 +51,6 @@ WIDEST_OCTAVES = 2.0
 # Networks do work best an octave away from where they were trained; further, one of the two µm/px is wrong.
 CONFLICT_OCTAVES = 1.5
 
-STRUCTURE_VIEW = "pixel_shuffled"
-
 
 def estimate(
     slide: Reader,
@@ -59,22 +63,40 @@ def estimate(
     tile_size: int | None = None,
     max_upsample: float = 1.0,
     per_octave: int = PER_OCTAVE,
+    precision: float | None = PRECISION,
     detector: TissueDetector | str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     seed: int = 0,
+    keep: str | os.PathLike[str] | None = None,
+    reuse: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScaleEstimate:
     """The scale at which `network` works best on the tissue of `slide`, or a named abstention.
 
     `network` is a Network, an nn.Module, or anything `load_network` takes; None is the embedded one. The range is in µm/px
     (`mpp_range`) or relative to level 0 (`scale_range`); a slide without µm/px is worked in relative scale. The range is
-    clipped to what the slide holds, which `notes` says. Raises MppError where the slide's µm/px is implausible and no
-    `scale_range` is given, and ModelError before any work where the network cannot take a tile.
+    clipped to what the slide holds, which `notes` says.
+
+    The search is coarse to fine, and stops adding places once the 90 % interval is within `precision` octaves on either side
+    of the answer; with None every one of `places` is looked at at every scale. `keep` writes what the network answered to
+    a folder; `reuse` reads it back and asks the network nothing. With `overwrite` `keep` replaces an older one.
+
+    Raises MppError where the slide's µm/px is implausible and no `scale_range` is given, ModelError before any work where
+    the network cannot take a tile, and StoreError (MISMATCH) where `reuse` is of another slide, network or options.
     """
     from wsiscale.networks import load_network, respond
 
     started = time.perf_counter()
+    if precision is not None and not precision > 0:
+        raise OptionError(f"a precision is in octaves, above 0, or None for every place at every scale; got {precision:g}")
+    if keep is not None and reuse is not None:
+        raise OptionError("what is reused is kept already; give either keep or reuse")
+    if keep is not None:
+        from wsiscale.store import check_destination
+
+        check_destination(keep, overwrite=overwrite)
     rule = find_criterion(criterion)
     loaded = load_network(network, tile_size=tile_size)
     size = loaded.tile_size
@@ -91,18 +113,117 @@ def estimate(
     except NoTissueError as error:
         nothing = _abstain(rule, slide.pyramid.mpp, Abstention("no_tissue", str(error)), seed=seed)
         return replace(nothing, seconds=time.perf_counter() - started, **about)
-    stack = scale_stack(slide, centers, scales=scale_grid(lo, hi, per_octave=per_octave), size=size, max_upsample=max_upsample)
-    views = tuple(dict.fromkeys((*rule.views, STRUCTURE_VIEW)))
-    response = respond(loaded, stack, views=views, layers=rule.layers, device=device, batch_size=batch_size, progress=progress)
-    result = estimate_response(response, rule, seed=seed)
+    scales = scale_grid(lo, hi, per_octave=per_octave)
+    # Of a part of the scales too, all tiles come from the level that suits the finest of all.
+    stacked = partial(
+        scale_stack, slide, size=size, max_upsample=max_upsample, level=level_for(slide.pyramid, float(scales[0]))
+    )
+    asked = 0
+
+    def ask(some: NDArray[np.intp], columns: NDArray[np.intp], guarded: bool) -> ScaleResponse:
+        nonlocal asked
+        views = tuple(dict.fromkeys((*rule.views, STRUCTURE_VIEW))) if guarded else rule.views
+        count, before = len(some) * len(columns) * (1 + len(views)), asked
+        heard = None if progress is None else lambda done, _: progress(before + done, before + count)
+        stack = stacked(centers[some], scales=scales[columns])
+        answer = respond(loaded, stack, views=views, layers=rule.layers, device=device, batch_size=batch_size, progress=heard)
+        asked += count
+        return answer
+
+    def judge(response: ScaleResponse, guard: ScaleResponse | None) -> Judged:
+        return _judged(response, rule, guard=guard, seed=seed)
+
+    made_of: dict[str, Any] = {}
+    if keep is not None or reuse is not None:
+        from wsiscale.networks import network_digest
+
+        made_of = {
+            "slide": _fingerprint(slide, stacked(np.array([slide.pyramid.shape]) / 2, scales=scales[:1])),
+            "network": {"name": loaded.name, "sha256": network_digest(loaded), "tile_size": size},
+            "options": {
+                "scales": scales.tolist(),
+                "places": places,
+                "seed": seed,
+                "max_upsample": max_upsample,
+                "layers": rule.layers,
+                "views": list(rule.views),
+                "criterion": rule.name,
+                "precision": precision,
+            },
+        }
+    if reuse is not None:
+        from wsiscale.store import read_response
+
+        saved = _checked_against(read_response(reuse), made_of, centers, reuse)
+        response = replace(saved.response, slide_mpp=slide.pyramid.mpp)
+        guard = saved.guard
+        found = Searched(judge(response, guard).estimate, response, guard)
+    else:
+        # Where the criterion itself sees the shuffled tiles, it has them at every place and scale.
+        guarded = STRUCTURE_VIEW not in rule.views
+        if precision is None:
+            found = full_grid(ask, judge, scales, places=len(centers), guarded=guarded)
+        else:
+            # A rule of its own, or a score that looks at neighbouring scales, means the grid that it was given to be even.
+            refine = rule.pointwise and rule.decide is None
+            found = adaptive(ask, judge, scales, places=len(centers), precision=precision, guarded=guarded, refine=refine)
+    if keep is not None:
+        from wsiscale.store import write_response
+
+        write_response(keep, SavedResponse(found.response, centers, found.guard, made_of), overwrite=overwrite)
     result = replace(
-        result,
-        layers=tuple(response.layers),
-        forwards=len(centers) * len(stack.scales) * (1 + len(views)),
+        found.estimate,
+        layers=tuple(found.response.layers),
+        forwards=asked,
         seconds=time.perf_counter() - started,
         **about,
     )
     return _checked_against_training(result, loaded.training_mpp)
+
+
+def _fingerprint(slide: Reader, stack: ScaleStack) -> dict[str, Any]:
+    """What a slide is known by again: its file, and the pixels of `stack`, which have to do for a slide in memory."""
+    source = slide.source
+    known = {name: getattr(source, name) for name in ("name", "size", "mtime_ns", "reader")}
+    pixels: NDArray[np.uint8] = stack.images.compute(scheduler="synchronous")
+    return {**known, "shape": list(slide.pyramid.shape), "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()}
+
+
+def _checked_against(
+    saved: SavedResponse, wanted: dict[str, Any], centers: NDArray[np.float64], path: str | os.PathLike[str]
+) -> SavedResponse:
+    """`saved`, if asking again would have given it. Raises StoreError naming all that differs.
+
+    The full grid serves every criterion that needs no more than was watched, and every precision.
+    """
+    wanted = {part: dict(values) for part, values in wanted.items()}
+    options, kept = wanted["options"], saved.about.get("options", {})
+    if kept.get("precision", 0) is None:
+        loose = ["criterion", "precision"]
+        loose += ["layers"] if options["layers"] == "none" or kept.get("layers") == "auto" else []
+        loose += ["views"] if set(options["views"]) <= set(kept.get("views", ())) else []
+        for name in loose:
+            options[name] = kept.get(name)
+    differs = [
+        f"{part} {name} ({_short(theirs)}, asked for {_short(ours)})"
+        for part, values in wanted.items()
+        for name, ours in values.items()
+        if (theirs := saved.about.get(part, {}).get(name)) != ours
+    ]
+    if not differs and not np.array_equal(saved.centers, centers):
+        differs = ["the places, and so the tissue"]
+    if differs:
+        raise StoreError(
+            f"{os.fspath(path)} holds other answers than were asked for: {'; '.join(differs)}; ask without --reuse",
+            code="MISMATCH",
+        )
+    return saved
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} from {value[0]:.4g} to {value[-1]:.4g}"
+    return f"{value:.12}" if isinstance(value, str) else str(value)
 
 
 def _range(
@@ -171,24 +292,34 @@ def estimate_response(
     response: ScaleResponse,
     criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = "confidence",
     *,
+    guard: ScaleResponse | None = None,
     seed: int = 0,
 ) -> ScaleEstimate:
     """The scale that `criterion` finds best in `response`, with a 90 % bootstrap interval over places, or an abstention.
 
-    Pure numpy. Places with non-finite answers are left out, and counted: above a tenth of them there is no estimate.
+    Pure numpy. Places with non-finite answers are left out, and counted: above a tenth of them there is no estimate. `guard`
+    is a response with the view "pixel_shuffled", at some of the places and scales; without one, `response` is where it has it.
     """
-    rule = find_criterion(criterion)
+    return _judged(response, find_criterion(criterion), guard=guard, seed=seed).estimate
+
+
+def _judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | None, seed: int) -> Judged:
     scores = _score_places(response, rule)  # (N, S)
     finite = np.asarray(np.isfinite(scores).all(axis=1))
     used = np.flatnonzero(finite)
+    flat = True
 
-    def no(reason: str, detail: str, **found: Any) -> ScaleEstimate:
-        return _abstain(rule, response.slide_mpp, Abstention(reason, detail), seed=seed, places=len(used), **found)
+    def no(reason: str, detail: str, **found: Any) -> Judged:
+        why = Abstention(reason, detail)
+        return Judged(_abstain(rule, response.slide_mpp, why, seed=seed, places=len(used), **found), scores, flat)
 
     if len(finite) and (~finite).sum() > 0.1 * len(finite):
+        if rule.shares is not None and not finite.any():
+            return no("non_finite", f"{rule.name} says nothing of these answers: NaN or infinity, or not to be trusted")
         return no("non_finite", f"the network answered NaN or infinity at {(~finite).sum()} of {len(finite)} places")
     if len(used) < MIN_PLACES:
         return no("too_few_places", f"{len(used)} places on tissue; an estimate needs {MIN_PLACES}")
+    guard = response if guard is None else guard
     response, scores = response.take(used), scores[used]
     scales = response.scales
     rng = np.random.default_rng(seed)
@@ -199,28 +330,28 @@ def estimate_response(
     found: dict[str, Any] = {"curve": ScaleCurve(scales=scales, score=pooled, lo=band[0], hi=band[1]), "votes": votes}
     best = _decide(response, rule, pooled)
 
-    half_step = float(np.log2(scales[1] / scales[0])) / 2
-    if _is_flat(scores, rng):
+    flat = _is_flat(scales, scores, rng)
+    if flat:
         if (split := _modes(np.log2(votes[np.isfinite(votes)]))) is not None:
             return no("bimodal", _two(split, response.slide_mpp), **found)
         return no("flat_curve", "the score does not change over scale by more than chance between places would", **found)
     if best is None or not np.isfinite(best):
         return no("no_optimum", f"the rule of {rule.name} finds no optimum in this range", **found)
-    if _lacks_structure(response, rule, scores, rng):
+    if _lacks_structure(guard, rule, rng):
         detail = "the network answers the slide's colours alone, not their arrangement: shuffled pixels give the same curve"
         return no("no_structure", detail, **found)
     octaves = np.log2(draws[np.isfinite(draws)])
-    if (end := _end_reached(scales, scores, best, half_step, own_rule=rule.decide is not None)) is not None:
+    if (end := _end_reached(scales, scores, best, own_rule=rule.decide is not None)) is not None:
         detail = f"the {end} end of the range is about as good as anything in it; the optimum may lie beyond"
         return no("boundary_optimum", detail, **found)
     if (split := _modes(octaves)) is not None:
         return no("bimodal", _two(split, response.slide_mpp), **found)
     lo, hi = np.percentile(octaves, [5, 95])
-    # A parabola through three points of the grid is good to about a quarter of a step, however alike the places are.
-    lo, hi = min(lo, np.log2(best) - half_step / 2), max(hi, np.log2(best) + half_step / 2)
+    finest, coarsest = _indistinct(scales, pooled, best, own_rule=rule.decide is not None)
+    lo, hi = min(lo, finest), max(hi, coarsest)
     if hi - lo > WIDEST_OCTAVES:
         return no("wide_interval", f"the places disagree: the interval is {hi - lo:.1f} octaves wide", **found)
-    return ScaleEstimate(
+    answer = ScaleEstimate(
         scale=float(best),
         ci90=(float(2**lo), float(2**hi)),
         slide_mpp=response.slide_mpp,
@@ -231,6 +362,7 @@ def estimate_response(
         curve=found["curve"],
         votes=votes,
     )
+    return Judged(answer, scores, flat)
 
 
 def _abstain(
@@ -257,9 +389,11 @@ def _abstain(
 
 
 def _score_places(response: ScaleResponse, rule: Criterion) -> NDArray[np.float64]:
-    """(N, S): the criterion on each place alone."""
+    """(N, S): the criterion on each place alone, or what the place adds to it."""
     if response.places == 0:
         return np.empty((0, len(response.scales)))
+    if rule.shares is not None:
+        return rule.shares(response)
     return np.stack([rule.score(response.take(np.array([i]))) for i in range(response.places)])
 
 
@@ -269,6 +403,8 @@ def _decide(response: ScaleResponse, rule: Criterion, score: NDArray[np.float64]
 
 def _votes(response: ScaleResponse, rule: Criterion, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N,) the scale that each place alone would choose; NaN where it would choose none."""
+    if rule.decide is None:
+        return np.array([peak(response.scales, row) for row in scores])
     one = [_decide(response.take(np.array([i])), rule, scores[i]) for i in range(len(scores))]
     return np.array([np.nan if scale is None else scale for scale in one])
 
@@ -283,7 +419,7 @@ def _bootstrap(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Decisions (B,) and score curves (B, S) on places drawn with replacement."""
     draws = rng.integers(len(scores), size=(RESAMPLES, len(scores)))
-    mean_of_places = np.allclose(pooled, scores.mean(axis=0), rtol=1e-5, atol=1e-8)
+    mean_of_places = rule.shares is not None or np.allclose(pooled, scores.mean(axis=0), rtol=1e-5, atol=1e-8)
     if mean_of_places and (rule.decide is None or rule.combine is not None):
         # Most criteria are means over places; their resamples are means of rows, and need no second look at the response.
         curves = scores[draws].mean(axis=1)
@@ -297,14 +433,30 @@ def _bootstrap(
     return np.array([np.nan if d is None else d for d in decided]), curves
 
 
-def _is_flat(scores: NDArray[np.float64], rng: np.random.Generator) -> bool:
+def _is_flat(scales: NDArray[np.float64], scores: NDArray[np.float64], rng: np.random.Generator) -> bool:
     """Whether the mean curve is no more marked than places with nothing in common would give.
 
     A sign-flip test: each place's centred curve is as likely as its mirror image if the places share no trend. It keeps
     each curve's smoothness over scale, which shuffling the scales would destroy.
     """
-    centred = scores - scores.mean(axis=1, keepdims=True)
-    return _flip_test(centred, rng) > SIGNIFICANCE
+    return _flip_test(_centred(scales, scores), rng) > SIGNIFICANCE
+
+
+def _centred(scales: NDArray[np.float64], curves: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Curves (N, S) without their means, each scale weighing as much as the octaves it stands for.
+
+    So a search that looked closer at some scales tests the same curve as an even grid does.
+    """
+    weight = _weight(scales)
+    centred: NDArray[np.float64] = (curves - (curves * weight).mean(axis=1, keepdims=True)) * np.sqrt(weight)
+    return centred
+
+
+def _weight(scales: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(S,) the octaves that each scale stands for, 1 on average."""
+    share = np.gradient(np.log2(scales))
+    weight: NDArray[np.float64] = share / share.mean()
+    return weight
 
 
 def _flip_test(curves: NDArray[np.float64], rng: np.random.Generator, resamples: int = 999) -> float:
@@ -317,34 +469,64 @@ def _flip_test(curves: NDArray[np.float64], rng: np.random.Generator, resamples:
     return float((1 + (chance >= seen * (1 - 1e-12)).sum()) / (1 + resamples))
 
 
-def _lacks_structure(response: ScaleResponse, rule: Criterion, scores: NDArray[np.float64], rng: np.random.Generator) -> bool:
+def _lacks_structure(guard: ScaleResponse, rule: Criterion, rng: np.random.Generator) -> bool:
     """Whether tiles with their pixels shuffled - the same colours, no structure - would have given the same curve."""
-    scrambled = response.views.get(STRUCTURE_VIEW)
+    scrambled = guard.views.get(STRUCTURE_VIEW)
     if scrambled is None:
         return False
-    null = _score_places(replace(scrambled, views={STRUCTURE_VIEW: scrambled}), rule)
-    added = scores - null  # (N, S)
-    if _flip_test(added, rng) > SIGNIFICANCE:
+    # What a criterion with views of its own would say of a view is not known; the network's confidence has to do, and only
+    # for whether there is structure at all.
+    own = not set(rule.views) - {STRUCTURE_VIEW}
+    if not own and guard.outputs is None:
+        return False
+    judge = rule if own else find_criterion("confidence")
+    seen = _score_places(guard, judge)
+    null = _score_places(replace(scrambled, views={STRUCTURE_VIEW: scrambled}), judge)
+    finite = np.isfinite(seen).all(axis=1) & np.isfinite(null).all(axis=1)
+    if not finite.any():
+        return False  # of shuffled tiles the criterion has nothing to say: what it says comes from their arrangement
+    added = (seen - null)[finite]  # (N, S)
+    if _flip_test(added * np.sqrt(_weight(guard.scales)), rng) > SIGNIFICANCE:
         return True
-    return bool(np.ptp(added.mean(axis=0)) < STRUCTURE_SHARE * np.ptp(scores.mean(axis=0)))
+    return own and bool(np.ptp(added.mean(axis=0)) < STRUCTURE_SHARE * np.ptp(seen[finite].mean(axis=0)))
 
 
-def _end_reached(
-    scales: NDArray[np.float64], scores: NDArray[np.float64], best: float, half_step: float, *, own_rule: bool
-) -> str | None:
+def _end_reached(scales: NDArray[np.float64], scores: NDArray[np.float64], best: float, *, own_rule: bool) -> str | None:
     """The end of the range, "finest" or "coarsest", at which `best` lies or from which its score does not stand out.
 
     A paired t test over places, one-sided, at `SIGNIFICANCE` shared among the scales that the best was chosen from. Methods
     with a rule of their own do not go by the height of the score, and are only held to not choosing an end.
     """
-    for end, name in ((0, "finest"), (-1, "coarsest")):
-        if abs(np.log2(best / scales[end])) < half_step:
+    octaves = np.log2(scales)
+    steps = np.diff(octaves)
+    # A search that looked closer at some scales has chosen them: it might have looked that close anywhere.
+    candidates = round(float((octaves[-1] - octaves[0]) / steps.min())) + 1
+    for end, step, name in ((0, steps[0], "finest"), (-1, steps[-1], "coarsest")):
+        if abs(np.log2(best / scales[end])) < step / 2:
             return name
         top = int(np.abs(np.log2(scales / best)).argmin())
         gain = scores[:, top] - scores[:, end]
-        if not own_rule and not stats.ttest_1samp(gain, 0, alternative="greater").pvalue < SIGNIFICANCE / len(scales):
+        if not own_rule and not stats.ttest_1samp(gain, 0, alternative="greater").pvalue < SIGNIFICANCE / candidates:
             return name
     return None
+
+
+def _indistinct(
+    scales: NDArray[np.float64], pooled: NDArray[np.float64], best: float, *, own_rule: bool
+) -> tuple[float, float]:
+    """The octaves around `best` that the criterion cannot tell from it, however alike the places are.
+
+    A parabola through the scales of the grid is good to about a quarter of a step. A rule of its own votes for scales of the
+    grid, and so is good to half a step. Scales that tie at the top are all as good as their middle.
+    """
+    octaves, answer = np.log2(scales), float(np.log2(best))
+    nearest = int(np.abs(octaves - answer).argmin())
+    step = float(np.diff(octaves[max(nearest - 1, 0) : nearest + 2]).max())
+    lo, hi = answer - step / 4, answer + step / 4
+    if own_rule:
+        return answer - step / 2, answer + step / 2
+    tied = octaves[pooled == pooled.max()]
+    return (min(lo, float(tied[0])), max(hi, float(tied[-1]))) if len(tied) > 1 else (lo, hi)
 
 
 def _two(split: tuple[float, float], slide_mpp: float | None) -> str:

@@ -6,11 +6,13 @@ Nothing here keeps a feature map: hooks reduce what passes to a mean and a mean 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections import Counter, deque
@@ -210,6 +212,23 @@ def response_bytes(network: Network, *, places: int, scales: int, views: int = 0
     with _evaluating(network.module), torch.inference_mode():
         plan = _plan(network, network.tile_size, network.tile_size, layers)
     return plan.bytes_per_tile * places * scales * (1 + views)
+
+
+def network_digest(network: Network) -> str:
+    """What a network's answers depend on - modules, weights, preparation of its tiles - as one SHA-256.
+
+    Code inside of modules is not seen: two classes of one name and one structure are one network.
+    """
+    # Some modules print functions, and those their address.
+    structure = re.sub(r"0x[0-9a-f]+", "", repr(network.module))
+    prepared = (network.mean, network.std, network.channels, network.value_range, network.output, network.layers)
+    digest = hashlib.sha256(repr((structure, prepared)).encode())
+    for name, value in sorted(network.module.state_dict().items()):
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(repr((name, plain.dtype, tuple(plain.shape))).encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -23,10 +23,12 @@ def scale_stack(
     scales: Sequence[float] | NDArray[np.floating] | None = None,
     size: int = 224,
     max_upsample: float = 1.0,
+    level: int | None = None,
 ) -> ScaleStack:
     """Tiles of `size` px around each place (level-0 (y, x)) at each of `mpps` µm/px, or of `scales` level-0 px per px.
 
     All scales of the stack come from one level through one kernel: mixing native levels would measure the scanner's filter.
+    It is the coarsest that is as fine as the finest of the scales, or `level`.
     Nothing is read until the images are computed. Raises ScaleError where a scale is finer than level 0 allows.
     """
     if (mpps is None) == (scales is None):
@@ -42,7 +44,7 @@ def scale_stack(
         raise OptionError("scales are a list of different magnifications above 0, from fine to coarse")
     upsampled = np.array([check_upsampling(pyramid, s, max_upsample=max_upsample) for s in wanted])
     centers = np.asarray(places, float).reshape(-1, 2)
-    level = level_for(pyramid, float(wanted[0]))
+    level = level_for(pyramid, float(wanted[0])) if level is None else level
     shape = (len(wanted), size, size, 3)
     images = da.from_array(centers, chunks=(1, 2)).map_blocks(
         _read_places,

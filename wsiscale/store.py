@@ -36,8 +36,19 @@ from wsiscale.errors import NoTissueError, OptionError, StoreError
 from wsiscale.geometry import TOLERANCE, View, canvas_shape, check_upsampling, level_for, scale_for_mpp, snapped_scale
 from wsiscale.places import tile_grid
 from wsiscale.resample import KERNEL, blocks, halve
+from wsiscale.responses import SavedResponse
 from wsiscale.tissue import find_tissue
-from wsiscale.types import Reader, ScaleStack, SlideSource, TileGrid, Tissue
+from wsiscale.types import (
+    BatchNormStatistics,
+    LayerMoments,
+    Outputs,
+    Reader,
+    ScaleResponse,
+    ScaleStack,
+    SlideSource,
+    TileGrid,
+    Tissue,
+)
 from wsiscale.views import read_view
 
 SCHEMA = 1  # of the `wsiscale` attributes, the tile table and the manifest
@@ -488,6 +499,44 @@ def write_stack(
     )
 
 
+def write_response(path: str | os.PathLike[str], saved: SavedResponse, *, overwrite: bool = False) -> Path:
+    """What a network answered, as zarr v3, whole or not at all; `read_response` gives it back. Raises StoreError."""
+    final = Path(os.path.abspath(path))
+    with _published(final, overwrite=overwrite) as temporary:
+        root = zarr.open_group(temporary, mode="w-", zarr_format=3)
+        _write_column(root, "centers", saved.centers, ["place", "yx"])
+        _write_answers(root.create_group("response"), saved.response)
+        if saved.guard is not None:
+            _write_answers(root.create_group("guard"), saved.guard)
+        ours: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "response",
+            "complete": True,
+            "about": saved.about,
+            "versions": _versions(),
+        }
+        root.attrs.update({"wsiscale": ours})
+        _write_manifest(temporary, {"places": saved.response.places}, set())
+    return final
+
+
+def read_response(path: str | os.PathLike[str]) -> SavedResponse:
+    """What `write_response` wrote. Raises StoreError where it is not that, or is damaged."""
+    folder = Path(path)
+    attributes = _our_attributes(folder)
+    if attributes.get("kind") != "response":
+        raise StoreError(f"{folder} holds a {attributes.get('kind')}, not a network's answers", code="NOT_A_STORE")
+    if problems := verify_store(folder).problems:
+        raise StoreError(f"{folder} is damaged: {problems[0].path}: {problems[0].what}; ask the network again", code="DAMAGED")
+    root = zarr.open_group(folder, mode="r", use_consolidated=False)
+    return SavedResponse(
+        response=_read_answers(_group(root, "response")),
+        centers=np.asarray(_array(root, "centers")[:]),
+        guard=_read_answers(_group(root, "guard")) if "guard" in root else None,
+        about=dict(attributes["about"]),
+    )
+
+
 # Planning
 
 
@@ -875,6 +924,65 @@ def _plain_json(estimate: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise OptionError(f"the estimate cannot be kept as JSON: {error}") from error
     return plain
+
+
+# Responses
+
+# Names of layers and views are attributes, in their order; what they hold lies under their number. Names may hold anything.
+
+
+def _write_answers(group: zarr.Group, response: ScaleResponse) -> None:
+    def write(into: zarr.Group, arrays: Mapping[str, NDArray[Any] | None]) -> None:
+        for name, values in arrays.items():
+            if values is not None:
+                _write_column(into, name, values, [f"{name}{axis}" for axis in range(values.ndim)])
+
+    write(group, {name: getattr(response, name) for name in _ANSWERS})
+    if response.outputs is not None:
+        write(group.create_group("outputs"), vars(response.outputs))
+    for kind in ("layers", "batchnorm", "views", "agreement"):
+        named = getattr(response, kind)
+        folder = group.create_group(kind)
+        folder.attrs["names"] = list(named)
+        for number, value in enumerate(named.values()):
+            if kind == "views":
+                _write_answers(folder.create_group(str(number)), value)
+            elif kind == "agreement":
+                write(folder, {str(number): value})
+            else:
+                inside = folder.create_group(str(number))
+                write(inside, {name: array for name, array in vars(value).items() if isinstance(array, np.ndarray)})
+                inside.attrs.update({name: number for name, number in vars(value).items() if isinstance(number, float)})
+    group.attrs.update({"slide_mpp": response.slide_mpp, "stages": list(response.stages)})
+
+
+def _read_answers(group: zarr.Group) -> ScaleResponse:
+    def arrays(inside: zarr.Group) -> dict[str, Any]:
+        return {name: np.asarray(array[...]) for name, array in inside.arrays()}
+
+    def named(kind: str) -> list[tuple[str, str]]:
+        names: Any = _group(group, kind).attrs["names"]
+        return [(str(name), f"{kind}/{number}") for number, name in enumerate(names)]
+
+    def numbers(inside: zarr.Group) -> dict[str, Any]:
+        return dict(inside.attrs)
+
+    about: dict[str, Any] = dict(group.attrs)
+    layers = {name: _group(group, where) for name, where in named("layers")}
+    batchnorm = {name: _group(group, where) for name, where in named("batchnorm")}
+    return ScaleResponse(
+        **{name: None for name in _ANSWERS if name != "scales"} | arrays(group),
+        slide_mpp=about["slide_mpp"],
+        outputs=Outputs(**arrays(_group(group, "outputs"))) if "outputs" in group else None,
+        layers={name: LayerMoments(**arrays(inside)) for name, inside in layers.items()},
+        stages=tuple(about["stages"]),
+        batchnorm={name: BatchNormStatistics(**arrays(inside), **numbers(inside)) for name, inside in batchnorm.items()},
+        views={name: _read_answers(_group(group, where)) for name, where in named("views")},
+        agreement={name: np.asarray(_array(group, where)[...]) for name, where in named("agreement")},
+    )
+
+
+_ANSWERS = ("scales", "features", "head_weight", "head_bias")
 
 
 # The manifest, and reading back

@@ -6,7 +6,7 @@ rule for the best scale. New ones need no registration: any callable ScaleRespon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -14,8 +14,27 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiscale.criteria import bagamaev2022, confidence, penkin2022, penkin2023
+from wsiscale.criteria import (
+    agreement,
+    bagamaev2022,
+    batchnorm_distance,
+    batchnorm_tangent,
+    combining,
+    confidence,
+    effective_rank,
+    energy,
+    hyperplane,
+    mutual_information,
+    neighbour_agreement,
+    nuclear_norm,
+    over_null,
+    penkin2022,
+    penkin2023,
+    pixel_entropy,
+    structure,
+)
 from wsiscale.criteria.bagamaev2022 import bagamaev2022_grid, bagamaev2022_with_labels
+from wsiscale.criteria.batchnorm_distance import batchnorm_trust
 from wsiscale.criteria.penkin2022 import penkin2022_grid
 from wsiscale.errors import OptionError
 from wsiscale.plugins import load_object
@@ -26,6 +45,8 @@ __all__ = [
     "Criterion",
     "bagamaev2022_grid",
     "bagamaev2022_with_labels",
+    "batchnorm_trust",
+    "combined",
     "find_criterion",
     "peak",
     "penkin2022_grid",
@@ -50,15 +71,20 @@ class Criterion:
     # Where `decide` only combines what each place alone would decide, (N,) with NaN for None: how, which spares a bootstrap
     # over places from asking the response again.
     combine: Callable[[NDArray[np.float64]], float | None] | None = None
+    # What each place adds to the score where that is not the score of the place alone: (N, S) rows whose mean is the score, to
+    # first order what a resample of the places would change. NaN rows for places whose answers are not finite.
+    shares: Score | None = None
     views: tuple[str, ...] = ()  # which views respond() must take
     layers: Literal["none", "stages", "batchnorm", "auto"] = "none"  # what respond() must watch
     source: str = ""  # paper, equation
+    # The score of a scale depends on the answers at that scale alone, so that a search may leave scales out.
+    pointwise: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
-        Criterion("confidence", confidence.score, source=confidence.SOURCE),
+        Criterion("confidence", confidence.score, source=confidence.SOURCE, pointwise=True),
         Criterion(
             "penkin2022",
             penkin2022.score,
@@ -69,6 +95,42 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion("penkin2023", penkin2023.score, penkin2023.decide, penkin2023.combine, source=penkin2023.SOURCE),
         Criterion("bagamaev2022", bagamaev2022.score, bagamaev2022.decide, bagamaev2022.combine, source=bagamaev2022.SOURCE),
+        Criterion("margin_over_null", over_null.margin_score, views=(over_null.VIEW,), source=over_null.SOURCE, pointwise=True),
+        Criterion(
+            "confidence_over_null", over_null.confidence_score, views=(over_null.VIEW,), source=over_null.SOURCE, pointwise=True
+        ),
+        Criterion("agreement", agreement.score, views=agreement.VIEWS, source=agreement.SOURCE, pointwise=True),
+        Criterion("neighbour_agreement", neighbour_agreement.score, source=neighbour_agreement.SOURCE),
+        Criterion("structure", structure.score, shares=structure.shares, views=structure.VIEWS, source=structure.SOURCE),
+        Criterion(
+            "batchnorm_distance",
+            batchnorm_distance.score,
+            shares=batchnorm_distance.shares,
+            layers="batchnorm",
+            source=batchnorm_distance.SOURCE,
+        ),
+        # Its `decide` stays out of the table: it is where the score peaks, and a peak can be held against the range's ends.
+        Criterion(
+            "batchnorm_tangent",
+            batchnorm_tangent.score,
+            shares=batchnorm_tangent.shares,
+            layers="batchnorm",
+            source=batchnorm_tangent.SOURCE,
+        ),
+        Criterion("hyperplane", hyperplane.score, shares=hyperplane.shares, source=hyperplane.SOURCE),
+        Criterion("energy", energy.score, source=energy.SOURCE, pointwise=True),
+        Criterion("nuclear_norm", nuclear_norm.score, shares=nuclear_norm.shares, source=nuclear_norm.SOURCE, pointwise=True),
+        Criterion(
+            "mutual_information",
+            mutual_information.score,
+            shares=mutual_information.shares,
+            source=mutual_information.SOURCE,
+            pointwise=True,
+        ),
+        Criterion("pixel_entropy", pixel_entropy.score, source=pixel_entropy.SOURCE, pointwise=True),
+        Criterion(
+            "effective_rank", effective_rank.score, shares=effective_rank.shares, source=effective_rank.SOURCE, pointwise=True
+        ),
     )
 }
 
@@ -94,6 +156,28 @@ def find_criterion(spec: str | Criterion | Score) -> Criterion:
     if not callable(found):
         raise OptionError(f"{spec} is a {type(found).__name__}; a criterion is a callable ScaleResponse -> (S,) score")
     return _from_callable(spec, found)
+
+
+def combined(*parts: str | Criterion, optional: Sequence[str | Criterion] = (), name: str | None = None) -> Criterion:
+    """The sum of several criteria's scores, each in units of its own mean and standard deviation over scale.
+
+    It goes by the sum's peak, whatever rules the parts bring. A part whose score is NaN over the whole range (a fingerprint
+    that is not trusted) is left out; one of `optional` also where the network cannot give what it needs (BatchNorm, a head).
+    Where no part is left the score is NaN; what a part of `parts` lacks is an OptionError.
+    """
+    needed, extra = tuple(map(find_criterion, parts)), tuple(map(find_criterion, optional))
+    every = (*needed, *extra)
+    if not every:
+        raise OptionError("a combination has at least one part; known are " + ", ".join(CRITERIA))
+    watched = {part.layers for part in every} - {"none"}
+    return Criterion(
+        name=name or "+".join(part.name for part in every),
+        score=partial(combining.score, parts=needed, optional=extra),
+        shares=partial(combining.shares, parts=needed, optional=extra),
+        views=tuple(dict.fromkeys(view for part in every for view in part.views)),
+        layers="none" if not watched else watched.pop() if len(watched) == 1 else "auto",
+        source="; ".join(part.source for part in every),
+    )
 
 
 # Octaves on either side of the highest score that the parabola is fitted to: wide enough to average the places' noise over

@@ -28,3 +28,19 @@ def head_of(response: ScaleResponse, criterion: str) -> tuple[NDArray[np.float64
         )
     weight = response.head_weight.astype(np.float64)
     return response.features.astype(np.float64), np.concatenate([-weight / 2, weight / 2]) if len(weight) == 1 else weight
+
+
+def bias_of(response: ScaleResponse) -> NDArray[np.float64]:
+    """(C,) the bias of the head of `head_of`, zero where it has none."""
+    assert response.head_weight is not None
+    if response.head_bias is None:
+        return np.zeros(max(len(response.head_weight), 2))
+    bias = response.head_bias.astype(np.float64)
+    return np.concatenate([-bias / 2, bias / 2]) if len(bias) == 1 else bias
+
+
+def view_of(response: ScaleResponse, view: str, criterion: str) -> ScaleResponse:
+    """What the network answers to the same places in a view."""
+    if view not in response.views:
+        raise OptionError(f"{criterion} compares with the view {view}, and it was not taken; respond with views=({view!r},)")
+    return response.views[view]

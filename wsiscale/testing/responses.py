@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from wsiscale.geometry import scale_grid
-from wsiscale.types import LayerMoments, Outputs, ScaleResponse
+from wsiscale.types import BatchNormStatistics, LayerMoments, Outputs, ScaleResponse
 
 STAGES = ("stage1", "stage2", "stage3", "stage4", "stage5")
+TURNED = ("rot90", "rot180", "flip")
+NORMS = ("norm1", "norm2", "norm3")
 
 
 def noise_response(
@@ -21,11 +24,13 @@ def noise_response(
     channels: int = 16,
     classes: int = 4,
     kind: Literal["white", "walk"] = "white",
+    everything: bool = False,
 ) -> ScaleResponse:
     """Answers that hold nothing about scale: every estimate from them is wrong but "no estimate".
 
     "white" is independent from scale to scale; "walk" is a random walk from the finest scale on: smooth, with extrema
-    anywhere, and spreading, so that what grows with a network's answers (confidence) is highest at the coarse end.
+    anywhere, and spreading, so that what grows with a network's answers (confidence) is highest at the coarse end. With
+    `everything` there are noisy views, agreement with them, and BatchNorm inputs that are noise around what was stored.
     """
     rng = np.random.default_rng(seed)
     grid = scale_grid(0.5, 16) if scales is None else scales
@@ -34,12 +39,14 @@ def noise_response(
         noise = rng.normal(size=(places, len(grid), channels))
         return noise if kind == "white" else noise.cumsum(axis=1)
 
-    return response_of(
-        scales=grid,
-        features=draw(),
-        head_weight=rng.normal(size=(classes, channels)),
-        stages=[np.maximum(draw(), 0) for _ in STAGES],
-    )
+    weight = rng.normal(size=(classes, channels))
+    features, stages = draw(), [np.maximum(draw(), 0) for _ in STAGES]
+    plain = response_of(scales=grid, features=features, head_weight=weight, stages=stages)
+    if not everything:
+        return plain
+    views = {view: response_of(scales=grid, features=draw(), head_weight=weight) for view in (*TURNED, "phase_scrambled")}
+    norms = {name: (draw(), np.exp(0.1 * draw())) for name in NORMS}
+    return with_views(with_batchnorm(plain, norms, seed=seed), views)
 
 
 def planted_response(
@@ -53,11 +60,14 @@ def planted_response(
     noise: float = 0.05,
     spread: float = 0.1,
     width: float = 0.75,
+    everything: bool = False,
 ) -> ScaleResponse:
     """Answers that are strongest at `scale`, level-0 px per px: features, confidence and every stage peak there.
 
     Each place shows one class, and peaks `spread` octaves (standard deviation) away from `scale`. The peak is a Gaussian of
-    `width` octaves and height 1, under white noise of standard deviation `noise`.
+    `width` octaves and height 1, under white noise of standard deviation `noise`. With `everything` there are turned views,
+    which see the same with other noise, scrambled ones, which see noise only, and BatchNorm layers: their inputs go through
+    their stored moments at each place's scale, most channels monotonously, and differ from place to place by contents too.
     """
     rng = np.random.default_rng(seed)
     grid = scale_grid(0.5, 16) if scales is None else scales
@@ -69,12 +79,54 @@ def planted_response(
     def noisy(clean: NDArray[np.float64]) -> NDArray[np.float64]:
         return clean + rng.normal(0, noise, clean.shape)
 
-    return response_of(
-        scales=grid,
-        features=noisy(bump * shown[:, None] / np.sqrt(channels)),
-        head_weight=weight,
-        stages=[np.maximum(noisy(0.5 + bump * rng.uniform(0.5, 1, channels)), 0) for _ in STAGES],
-    )
+    features = noisy(bump * shown[:, None] / np.sqrt(channels))
+    stages = [np.maximum(noisy(0.5 + bump * rng.uniform(0.5, 1, channels)), 0) for _ in STAGES]
+    plain = response_of(scales=grid, features=features, head_weight=weight, stages=stages)
+    if not everything:
+        return plain
+    turned = {view: noisy(bump * shown[:, None] / np.sqrt(channels)) for view in TURNED}
+    views = turned | {"phase_scrambled": noisy(np.zeros_like(features))}
+
+    def input_of_norm() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        contents = rng.normal(0, 0.3, (places, 1, channels))
+        moved = np.tanh(octaves[:, :, None] * rng.uniform(0.3, 1, channels)) * rng.normal(0, 1, channels)
+        return noisy(contents + moved), np.exp(0.2 * octaves[:, :, None] * rng.normal(0, 1, channels))
+
+    seen = {view: response_of(scales=grid, features=values, head_weight=weight) for view, values in views.items()}
+    return with_views(with_batchnorm(plain, {name: input_of_norm() for name in NORMS}, seed=seed), seen)
+
+
+def with_views(response: ScaleResponse, views: dict[str, ScaleResponse]) -> ScaleResponse:
+    """`response` with other views of the same places, and its agreement with the turned ones."""
+    agreement = {}
+    for view, seen in views.items():
+        if view in TURNED:
+            assert response.outputs is not None
+            assert seen.outputs is not None
+            apart = np.abs(response.outputs.probabilities - seen.outputs.probabilities).sum(axis=2) / 2
+            agreement[view] = (1 - apart).astype(np.float32)
+    return replace(response, views={**response.views, **views}, agreement={**response.agreement, **agreement})
+
+
+def with_batchnorm(
+    response: ScaleResponse, inputs: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], *, seed: int = 0
+) -> ScaleResponse:
+    """`response` with BatchNorm layers whose inputs, in units of what they stored, have these means and variances (N, S, K)."""
+    rng = np.random.default_rng(seed)
+    layers, stored = dict(response.layers), dict(response.batchnorm)
+    for name, (mean, variance) in inputs.items():
+        channels = mean.shape[2]
+        center, spread = rng.normal(0, 2, channels), rng.uniform(0.5, 2, channels)
+        absolute = center + spread * mean
+        layers[name] = LayerMoments(mean=_single(absolute), square=_single(absolute**2 + spread**2 * variance))
+        stored[name] = BatchNormStatistics(
+            mean=_single(center),
+            var=_single(spread**2),
+            weight=np.ones(channels, np.float32),
+            bias=np.zeros(channels, np.float32),
+            eps=0.0,
+        )
+    return replace(response, layers=layers, batchnorm=stored)
 
 
 def response_of(
@@ -115,5 +167,5 @@ def response_of(
     )
 
 
-def _single(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    return values.astype(np.float32)
+def _single(values: ArrayLike) -> NDArray[np.float32]:
+    return np.asarray(values, np.float32)
