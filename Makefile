@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY = PASSIVE
 DEMO = demo
 SAMPLE = sample_slides/tissue_mpp0.25.svs
 
-.PHONY: demo test check test-all bench format clean
+.PHONY: demo test check test-all bench bench-recovery format clean
 
 demo: $(VENV)/ready
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -31,6 +31,10 @@ check: $(VENV)/ready-test
 
 bench: $(VENV)/ready-test
 	$(BIN)/python benchmarks/thesis_null.py
+
+# Hours from nothing; what it measured once it keeps (benchmarks/README.md).
+bench-recovery: $(VENV)/ready-test
+	$(BIN)/python -m benchmarks.recovery
 
 format: $(VENV)/ready-test
 	$(BIN)/ruff check --fix .
