@@ -88,7 +88,7 @@ Model = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(help="weights for --model: safetensors, or a plain state dict")]
 TrustModel = Annotated[bool, typer.Option(help="load files that can execute code (model.pt2, pickled modules)")]
-Criterion = Annotated[str, typer.Option(help="confidence, penkin2022, penkin2023, bagamaev2022, or file.py:name")]
+Criterion = Annotated[str, typer.Option(help="confidence, margin_over_null, penkin2023, ... (docs/methods.md), file.py:name")]
 MppRange = Annotated[str | None, typer.Option(help="look between these µm/px (none: 0.125:4)", metavar="LO:HI")]
 ScaleRange = Annotated[str | None, typer.Option(help="look between these level-0 px per px", metavar="LO:HI")]
 TileSize = Annotated[int | None, typer.Option(help="px the network takes (none: the model's own)")]
