@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wsiscale as ws
-from benchmarks.recovery.cases import Case, Oracle, Range, Setting, half_of, joined, over_ranges
+from benchmarks.recovery.cases import Case, Half, Oracle, Range, Setting, drawn, half_of, joined, over_ranges
 from wsiscale.geometry import scale_grid
 from wsiscale.types import ScaleResponse
 
@@ -231,9 +231,14 @@ def slides() -> list[str]:
     return ["mixed-0", "mixed-1", *(f"class-{label:02d}" for label in range(len(CLASSES)))]
 
 
-def split() -> dict[str, list[str]]:
-    """What `write_split` is told of this family: every network that will be, and the slides."""
-    return {"networks": [recipe.name for recipe in RECIPES], "slides": slides()}
+def split() -> dict[str, dict[str, dict[Half, list[str]]]]:
+    """What `write_split` was given before anything was measured: all networks, trained or not; a mixed slide in each half."""
+    classes = drawn("thesis slides", [slide for slide in slides() if slide.startswith("class")])
+    halves: dict[Half, list[str]] = {
+        "develop": ["mixed-0", *classes["develop"]],
+        "report": ["mixed-1", *classes["report"]],
+    }
+    return {FAMILY: {"networks": drawn("thesis networks", [recipe.name for recipe in RECIPES]), "slides": halves}}
 
 
 def cases(setting: Setting) -> Iterator[Case]:
