@@ -12,7 +12,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiscale.criteria import peak
+from wsiscale.responses import at_scales, merge_responses
 from wsiscale.types import BatchNormStatistics, LayerMoments, Outputs, ScaleResponse
 
 Half = Literal["develop", "report"]
@@ -156,40 +158,9 @@ def over_ranges(whole: Case, ranges: tuple[Range, ...]) -> Iterator[Case]:
         )
 
 
-def at_scales(response: ScaleResponse, index: NDArray[np.intp]) -> ScaleResponse:
-    """The same response at some of its scales."""
-    outputs = response.outputs
-    return replace(
-        response,
-        scales=response.scales[index],
-        outputs=None if outputs is None else Outputs(**{name: v[:, index] for name, v in vars(outputs).items()}),
-        features=None if response.features is None else response.features[:, index],
-        layers={name: LayerMoments(m.mean[:, index], m.square[:, index]) for name, m in response.layers.items()},
-        views={name: at_scales(view, index) for name, view in response.views.items()},
-        agreement={name: value[:, index] for name, value in response.agreement.items()},
-    )
-
-
 def joined(responses: list[ScaleResponse]) -> ScaleResponse:
     """One response with the places of all, in order: one slide out of several images."""
-    first = responses[0]
-
-    def outputs() -> Outputs:
-        found = [r.outputs for r in responses]
-        return Outputs(**{f.name: np.concatenate([getattr(o, f.name) for o in found]) for f in fields(Outputs)})
-
-    def layer(name: str) -> LayerMoments:
-        moments = [r.layers[name] for r in responses]
-        return LayerMoments(np.concatenate([m.mean for m in moments]), np.concatenate([m.square for m in moments]))
-
-    return replace(
-        first,
-        outputs=None if first.outputs is None else outputs(),
-        features=None if first.features is None else np.concatenate([r.features for r in responses]),
-        layers={name: layer(name) for name in first.layers},
-        views={name: joined([r.views[name] for r in responses]) for name in first.views},
-        agreement={name: np.concatenate([r.agreement[name] for r in responses]) for name in first.agreement},
-    )
+    return reduce(partial(merge_responses, along="places"), responses)
 
 
 # --- the split -----------------------------------------------------------------------------------------------------------
