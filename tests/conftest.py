@@ -8,7 +8,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# On shared cores a test may take as long as it takes.
+hypothesis.settings.register_profile("wsiscale", deadline=None)
+hypothesis.settings.load_profile("wsiscale")
 
 DATA = Path(os.environ.get("WSISCALE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

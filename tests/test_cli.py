@@ -182,7 +182,7 @@ def test_an_own_network_and_an_own_criterion_are_named_by_file(cli: Any, tmp_pat
 
     command = ["estimate", str(tmp_path / "blobs.svs"), "--model", f"{tmp_path}/mine.py:net"]
 
-    code, out, err = cli(*command, *common)
+    code, out, err = cli(*command, "--criterion", "confidence", *common)
     assert code == 0, (out, err)
     assert abs(np.log2(json.loads(out)["scale"] / 2)) <= 0.1
     out = cli(*command, "--criterion", f"{tmp_path}/mine.py:sharp", *common)[1]
@@ -244,7 +244,44 @@ def test_doctor_finds_this_installation_well(cli: Any) -> None:
 
 
 def test_every_command_has_help_with_an_example(cli: Any) -> None:
-    for verb in ("info", "tissue", "estimate", "stack", "tile", "verify", "doctor"):
+    for verb in ("info", "tissue", "estimate", "stack", "tile", "profile", "calibrate", "verify", "doctor"):
         code, out, _ = cli(verb, "--help")
         assert code == 0
         assert f"wsiscale {verb}" in out
+
+
+def test_a_profile_goes_into_a_card_that_estimate_takes(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "from wsiscale.testing import planted_network\n"
+        "def net():\n    return planted_network(6)\n"
+        "def everywhere(image):\n    return np.ones(image.shape[:2], bool)\n"
+    )
+    for number, mpp in enumerate((0.25, 0.2, 0.25, None)):  # blobs of 3 µm, best at 0.5 µm/px
+        pixels = planted_slide(3 / (mpp or 0.25), seed=number, size=900).read(level=0, y=0, x=0, height=900, width=900)
+        write_svs(tmp_path / f"{number}.svs", pixels, mpp=mpp, power=None, levels=(1, 4))
+    slides = [str(tmp_path / f"{number}.svs") for number in range(4)]
+    card, network = str(tmp_path / "card.json"), f"{tmp_path}/mine.py:net"
+    looking = ["--places", "12", "--tissue", f"{tmp_path}/mine.py:everywhere", "--criterion", "confidence"]
+    making = ["--tile-size", "96", "-o", card, "--keep", str(tmp_path / "kept"), *looking]
+
+    code, out, err = cli("profile", *slides, "--model", network, *making, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["slides"] == ["0.svs", "1.svs", "2.svs"]
+    assert abs(np.log2(record["optimum"] / 0.5)) < 0.1
+    assert err.count("\n") == 1
+    assert "3.svs is left out: no µm/px" in err
+    code, out, err = cli("profile", *slides[:1], slides[3], "--model", network, *making)
+    assert code == 2
+    assert "--overwrite" in err
+    code, _, err = cli("profile", *slides[:1], slides[3], "--model", network, *making, "--overwrite")
+    assert code == 2
+    assert "two slides" in err
+    # The card is whole after all that, and its network is the one; a slide without µm/px gets its from the profile.
+    command = ["estimate", slides[3], "--model", card, "--trust-model", "--json", *looking]
+    found = json.loads(cli(*command)[1])
+    assert found["mpp_source"] == "estimated"
+    assert abs(np.log2(found["slide_mpp"] / 0.25)) < 0.2
+    assert abs(np.log2(found["mpp"] / 0.5)) < 0.2
+    assert json.loads(cli(*command, "--profile", "none")[1])["registration"] is None

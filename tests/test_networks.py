@@ -663,7 +663,7 @@ def assert_close(one: ScaleResponse, other: ScaleResponse, tolerance: float = 1e
     assert one.outputs is not None
     assert other.outputs is not None
     for name, value in vars(one.outputs).items():
-        assert getattr(other.outputs, name) == pytest.approx(value, abs=tolerance), name
+        assert getattr(other.outputs, name) == pytest.approx(value, abs=tolerance, nan_ok=True), name
     assert other.features == pytest.approx(one.features, abs=tolerance)
     assert tuple(one.layers) == tuple(other.layers)
     for name, moments in one.layers.items():
@@ -1176,7 +1176,7 @@ def test_deeplab_is_averaged_like_any_segmenter() -> None:
     assert response.outputs.logits.shape == (1, 2, 21)
     assert response.head_weight is not None
     assert response.head_weight.shape == (21, 256)
-    assert len(response.batchnorm) == 60
+    assert len(response.batchnorm) == 20  # every third of them
     assert response.features @ response.head_weight.T + response.head_bias == pytest.approx(response.outputs.logits, abs=1e-4)  # type: ignore[operator]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,20 @@ from numpy.typing import NDArray
 from wsiscale.criteria import Criterion
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.geometry import scale_grid
-from wsiscale.profile import Profile, from_record, make_profile, profile_of, register, save_profile, settle, to_record
+from wsiscale.profile import (
+    Profile,
+    from_record,
+    load_profile,
+    make_profile,
+    profile_digest,
+    profile_of,
+    register,
+    registration_of,
+    registration_record,
+    save_profile,
+    settle,
+    to_record,
+)
 from wsiscale.testing.responses import noise_response, planted_response, response_of
 from wsiscale.types import Abstention, LayerMoments, ScaleEstimate, ScaleResponse
 
@@ -55,9 +69,13 @@ def tissue_response(
     return replace(response, slide_mpp=mpp if tagged is None else tagged, features=None, head_weight=None, head_bias=None)
 
 
+# These networks have no more to tell than how sure they are, of which the default makes nothing.
+confident_profile = partial(make_profile, criterion="confidence")
+
+
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return make_profile(references())
+    return confident_profile(references())
 
 
 def references(count: int = 8) -> list[ScaleResponse]:
@@ -172,10 +190,36 @@ def test_two_shifts_that_fit_alike_are_refused_as_ambiguous() -> None:
         values = (wave + rng.normal(0, 0.5, size=(32, len(slide.scales), 16))).astype(np.float32)
         return replace(slide, layers={"stage": LayerMoments(values, values**2)}, stages=("stage",))
 
-    found = register(make_profile([periodic(seed) for seed in range(5)]), periodic(9))
+    found = register(confident_profile([periodic(seed) for seed in range(5)]), periodic(9))
 
     assert found.refused is not None
     assert found.refused.reason == "ambiguous"
+
+
+def test_the_offset_of_other_slides_is_taken_off(profile: Profile) -> None:
+    # Slides that all come out too coarse are in truth finer.
+    slide = tissue_response([0, 2, 3], seed=3)
+
+    found, corrected = register(profile, slide), register(replace(profile, offset=0.25), slide)
+
+    assert found.mpp is not None
+    assert found.ci90 is not None
+    assert corrected.mpp == pytest.approx(found.mpp * 2**-0.25)
+    assert corrected.ci90 == pytest.approx((found.ci90[0] * 2**-0.25, found.ci90[1] * 2**-0.25))
+    np.testing.assert_allclose(corrected.tried, found.tried * 2**-0.25)
+
+
+def test_a_slide_whose_tiles_are_all_alike_is_not_held_against_mixtures(profile: Profile) -> None:
+    # Noise is alike everywhere, and its mean curve may look like a mixture's: here it is one.
+    slide = tissue_response([0, 2, 3, 5], seed=4)
+    alike = {
+        n: LayerMoments(m.mean.mean(axis=0, keepdims=True) + 0.1 * (m.mean - m.mean.mean(axis=0)), m.square)
+        for n, m in slide.layers.items()
+    }
+
+    found = register(profile, replace(slide, layers=alike))
+
+    assert found.method != "mean curves" or found.refused is not None
 
 
 def test_few_places_and_few_scales_are_refused_by_name(profile: Profile) -> None:
@@ -205,7 +249,7 @@ def test_scales_finer_than_level_0_do_not_count() -> None:
     slide = tissue_response([0, 1, 2], seed=9, scales=fine)
     marked = {n: LayerMoments(np.where(fine[:, None] < 0.99, 50, m.mean), m.square) for n, m in slide.layers.items()}
 
-    known = make_profile(slides)
+    known = confident_profile(slides)
 
     assert known.octaves[0] == -2
     assert known.score_octaves[0] == -3
@@ -214,7 +258,7 @@ def test_scales_finer_than_level_0_do_not_count() -> None:
 
 def test_a_slide_wider_than_the_profile_is_not_drawn_to_the_far_end() -> None:
     # Few shared scales fit somewhere by chance: the shift has to share enough of them.
-    known = make_profile([tissue_response([0, 1, 2, 3], seed=i, scales=scale_grid(1, 6)) for i in range(6)])
+    known = confident_profile([tissue_response([0, 1, 2, 3], seed=i, scales=scale_grid(1, 6)) for i in range(6)])
     slide = tissue_response([0, 1, 2, 3], seed=30, mpp=0.125, scales=scale_grid(1, 32))
 
     assert octaves_off(register(known, slide).mpp, 0.125) < 0.2
@@ -224,7 +268,7 @@ def test_the_same_seed_gives_the_same_answer(profile: Profile) -> None:
     slide = tissue_response([0, 2, 4], seed=3)
 
     assert register(profile, slide, seed=4).ci90 == register(profile, slide, seed=4).ci90
-    assert to_record(make_profile(references(3), seed=1)) == to_record(make_profile(references(3), seed=1))
+    assert to_record(confident_profile(references(3), seed=1)) == to_record(confident_profile(references(3), seed=1))
 
 
 # --- in the card --------------------------------------------------------------------------------------------------------
@@ -258,11 +302,41 @@ def test_a_card_with_a_wide_networks_profile_stays_below_half_a_megabyte() -> No
         for _ in range(6)
     ]
 
-    assert len(json.dumps(to_record(make_profile(wide)))) < 500_000
+    assert len(json.dumps(to_record(confident_profile(wide)))) < 500_000
 
 
 def test_a_card_without_a_profile_has_none() -> None:
     assert profile_of({"factory": "nets.py:factory"}) is None
+
+
+def test_a_card_that_is_named_for_its_profile_has_to_have_one(tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    card.write_text('{"factory": "nets.py:factory"}')
+
+    with pytest.raises(ModelError, match="wsiscale profile SLIDES"):
+        load_profile(card)
+
+
+def test_a_profile_and_a_registration_are_known_again_after_they_were_written(profile: Profile) -> None:
+    own = replace(profile, network="ab12", tile_size=96, offset=0.1)
+    found = register(own, tissue_response([0, 2, 4], seed=5))
+
+    back, again = from_record(to_record(own)), registration_of(json.loads(json.dumps(registration_record(found))))
+
+    assert (back.network, back.tile_size, back.offset) == ("ab12", 96, 0.1)
+    assert profile_digest(back) == profile_digest(own) != profile_digest(profile)
+    assert (again.mpp, again.ci90, again.claimed, again.places) == (found.mpp, found.ci90, found.claimed, found.places)
+
+
+def test_a_tag_just_outside_of_the_interval_is_not_called_wrong(profile: Profile) -> None:
+    # One right tag in ten lies outside of a 90 % interval.
+    found = register(profile, tissue_response([0, 2, 4], seed=5, mpp=0.3))
+    assert found.ci90 is not None
+
+    near, far = (settle(profile, replace(found, claimed=found.ci90[1] * 2**octaves)).notes for octaves in (0.2, 0.3))
+
+    assert not near
+    assert "the tag says" in far[0]
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"arrays": "nonsense"}, {"arrays": "AAAA"}, {"ci90": [1]}, {"layers": [1]}])
@@ -293,28 +367,28 @@ def test_a_profile_needs_two_slides_with_mpp() -> None:
     slides = references(2)
 
     with pytest.raises(OptionError, match="slide 2 of 2 has no µm/px"):
-        make_profile([slides[0], replace(slides[1], slide_mpp=None)])
+        confident_profile([slides[0], replace(slides[1], slide_mpp=None)])
     with pytest.raises(OptionError, match="two slides or more"):
-        make_profile(slides[:1])
-    assert any("made of 2 slides" in note for note in make_profile(slides).notes)
+        confident_profile(slides[:1])
+    assert any("made of 2 slides" in note for note in confident_profile(slides).notes)
 
 
 def test_slides_whose_ranges_do_not_meet_are_an_error() -> None:
     fine, coarse = tissue_response([0], seed=0, mpp=0.1), tissue_response([0], seed=1, mpp=4.0)
 
     with pytest.raises(OptionError, match="overlap"):
-        make_profile([fine, coarse])
+        confident_profile([fine, coarse])
 
 
 def test_a_slide_with_too_little_is_left_out_and_named() -> None:
-    made = make_profile([*references(3), tissue_response([0], seed=9, places=3)])
+    made = confident_profile([*references(3), tissue_response([0], seed=9, places=3)])
 
     assert made.slides == 3
     assert any("slide 4 of 4 was left out" in note for note in made.notes)
 
 
 def test_a_network_that_answers_nothing_of_scale_has_no_optimum() -> None:
-    made = make_profile([noise_response(seed=seed, kind="walk") for seed in range(6)])
+    made = confident_profile([noise_response(seed=seed, kind="walk") for seed in range(6)])
 
     assert made.optimum is None
     assert settle(made, register(made, noise_response(seed=20, kind="walk"))).scale is None

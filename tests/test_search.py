@@ -28,8 +28,9 @@ PLACES = 64
 def asked_of(response: ScaleResponse, seed: int = 0) -> ScaleResponse:
     """Answers as a network would give them: of one kind of layer less, and with shuffled tiles that say nothing."""
     shuffled = noise_response(seed=1000 + seed, scales=SCALES, places=response.places)
-    plain = replace(response, layers={}, stages=())
-    return replace(plain, views={STRUCTURE_VIEW: replace(shuffled, layers={}, stages=())})
+    bare = {"layers": {}, "stages": (), "batchnorm": {}}
+    views = {name: replace(view, **bare) for name, view in {**response.views, STRUCTURE_VIEW: shuffled}.items()}
+    return replace(response, views=views, **bare)
 
 
 def searched(
@@ -71,12 +72,14 @@ def two_kinds(share: float, seed: int) -> ScaleResponse:
     return merge_responses(bare[0], bare[1], along="places").take(np.random.default_rng(seed).permutation(PLACES))
 
 
-def test_the_answer_is_that_of_the_full_grid_at_less_than_a_quarter_of_its_forward_passes() -> None:
+@pytest.mark.parametrize("criterion", ["confidence", "consensus"])
+def test_the_answer_is_that_of_the_full_grid_at_less_than_a_quarter_of_its_forward_passes(criterion: str) -> None:
     away, cost = [], []
     for seed, (scale, spread) in enumerate([(0.9, 0.1), (1.4, 0.3), (2.1, 0.1), (3.3, 0.2), (5.2, 0.4), (8.0, 0.1)]):
-        response = asked_of(planted_response(scale, seed=seed, scales=SCALES, places=PLACES, spread=spread), seed)
-        full = estimate_response(response, seed=seed)
-        found, share = searched(response, seed=seed)
+        planted = planted_response(scale, seed=seed, scales=SCALES, places=PLACES, spread=spread, everything=True)
+        response = asked_of(planted, seed)
+        full = estimate_response(response, criterion, seed=seed)
+        found, share = searched(response, criterion=criterion, seed=seed)
         away.append(octaves(found.estimate.scale, full.scale))
         cost.append(share)
 
@@ -113,14 +116,14 @@ def test_noise_abstains_and_is_not_looked_at_any_closer(kind: Any) -> None:
 def test_two_kinds_of_tissue_are_not_taken_for_one_because_few_places_were(share: float) -> None:
     for seed in range(4):
         response = asked_of(two_kinds(share, seed), seed)
-        full, (found, _) = estimate_response(response, seed=seed), searched(response, seed=seed)
+        full, (found, _) = estimate_response(response, "confidence", seed=seed), searched(response, seed=seed)
 
         assert (found.estimate.abstained is None) == (full.abstained is None), (seed, full.abstained, found.estimate.scale)
 
 
 def test_places_of_the_other_kind_keep_the_search_from_ending_early_though_they_were_few_at_first() -> None:
     response = two_kinds(0.6, 0)
-    fine = np.flatnonzero(estimate_response(response).votes < 3)
+    fine = np.flatnonzero(estimate_response(response, "confidence").votes < 3)
     coarse = np.setdiff1d(np.arange(PLACES), fine)
     unlucky = response.take(np.concatenate([fine[:13], coarse[:3], coarse[3:], fine[13:]]))
 
@@ -212,6 +215,7 @@ def everywhere(image: np.ndarray) -> np.ndarray:
 def test_from_pixels_the_search_answers_as_the_full_grid_and_says_what_it_cost() -> None:
     slide = planted_slide(6 * 2.3, seed=1, size=900)
     arguments: dict[str, Any] = {"scale_range": (1, 8), "tile_size": 64, "detector": everywhere, "places": 32}
+    arguments["criterion"] = "confidence"
     heard: list[tuple[int, int]] = []
 
     full = ws.estimate(slide, planted_network(6.0), precision=None, **arguments)
@@ -232,6 +236,7 @@ def test_a_scale_is_asked_from_the_same_level_whichever_others_are_asked_with_it
     coarser = np.full((192, 192, 3), 200, np.uint8)  # a level that shows another picture altogether
     slide = ws.ArrayReader((pixels, coarser))
     arguments: dict[str, Any] = {"scale_range": (1, 8), "tile_size": 64, "detector": everywhere, "places": 20}
+    arguments["criterion"] = "confidence"
 
     full, found = (ws.estimate(slide, planted_network(6.0), precision=p, **arguments) for p in (None, 0.1))
 

@@ -23,7 +23,7 @@ from wsiscale.responses import SavedResponse
 from wsiscale.store import read_response, verify_store, write_response
 from wsiscale.testing import planted_network, planted_slide, write_svs
 
-RANGE: dict[str, Any] = {"scale_range": (1, 8), "places": 16, "tile_size": 96}
+RANGE: dict[str, Any] = {"scale_range": (1, 8), "places": 16, "tile_size": 96, "criterion": "confidence"}
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +142,10 @@ def test_a_full_grid_serves_every_criterion_that_needs_no_more(slide_file: Path,
     network = planted_network(6.0)
     with ws.open_slide(slide_file) as slide:
         first = ws.estimate(slide, network, precision=None, keep=tmp_path / "full.zarr", **RANGE)
-        other = ws.estimate(slide, network, criterion="energy", precision=None, **RANGE)
-        reused = ws.estimate(slide, network, criterion="energy", reuse=tmp_path / "full.zarr", **RANGE)
+        other = ws.estimate(slide, network, precision=None, **(RANGE | {"criterion": "energy"}))
+        reused = ws.estimate(slide, network, reuse=tmp_path / "full.zarr", **(RANGE | {"criterion": "energy"}))
         with pytest.raises(StoreError, match="options layers"):
-            ws.estimate(slide, network, criterion="penkin2022", reuse=tmp_path / "full.zarr", **RANGE)
+            ws.estimate(slide, network, reuse=tmp_path / "full.zarr", **(RANGE | {"criterion": "penkin2022"}))
 
     assert first.forwards == other.forwards > 0
     assert reused.forwards == 0
@@ -209,6 +209,7 @@ def test_the_command_line_keeps_and_reuses(
         "from wsiscale.testing import planted_network\ndef net():\n    return planted_network(6)\n"
     )
     common = ["--model", f"{tmp_path}/nets.py:net", "--scale-range", "1:8", "--places", "16", "--tile-size", "64", "--json"]
+    common += ["--criterion", "confidence"]
     command = ["estimate", str(slide_file), *common]
 
     def record(*more: str) -> dict[str, Any]:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from wsiscale.networks import respond as respond
     from wsiscale.places import sample_places as sample_places
     from wsiscale.places import tile_grid as tile_grid
+    from wsiscale.profile import Profile as Profile
     from wsiscale.readers import ArrayReader as ArrayReader
     from wsiscale.readers import open_slide as open_slide
+    from wsiscale.reference_slides import profile_slides as profile_slides
     from wsiscale.stacks import scale_stack as scale_stack
     from wsiscale.store import open_store as open_store
     from wsiscale.store import verify_store as verify_store
@@ -41,7 +43,9 @@ _HOMES = {
     "estimation": ("estimate", "estimate_response"),
     "networks": ("Network", "load_network", "respond"),
     "places": ("sample_places", "tile_grid"),
+    "profile": ("Profile",),
     "readers": ("ArrayReader", "open_slide"),
+    "reference_slides": ("profile_slides",),
     "stacks": ("scale_stack",),
     "store": ("open_store", "verify_store", "write_stack", "write_store"),
     "tissue": ("find_tissue",),

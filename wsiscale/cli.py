@@ -88,7 +88,12 @@ Model = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(help="weights for --model: safetensors, or a plain state dict")]
 TrustModel = Annotated[bool, typer.Option(help="load files that can execute code (model.pt2, pickled modules)")]
-Criterion = Annotated[str, typer.Option(help="confidence, margin_over_null, penkin2023, ... (docs/methods.md), file.py:name")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(
+        help="reference, confidence, margin_over_null, ... (docs/methods.md), file.py:name (none: what suits the card)"
+    ),
+]
 MppRange = Annotated[str | None, typer.Option(help="look between these µm/px (none: 0.125:4)", metavar="LO:HI")]
 ScaleRange = Annotated[str | None, typer.Option(help="look between these level-0 px per px", metavar="LO:HI")]
 TileSize = Annotated[int | None, typer.Option(help="px the network takes (none: the model's own)")]
@@ -103,6 +108,10 @@ Reuse = Annotated[Path | None, typer.Option(help="answers kept there by an earli
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, mps")]
 BatchSize = Annotated[int | None, typer.Option(help="tiles a forward pass (none: found by itself)")]
 Seed = Annotated[int, typer.Option(help="of the places and the bootstrap")]
+ProfileCard = Annotated[
+    str, typer.Option("--profile", help="auto: the network's own, if its card has one; none; or a card.json with one")
+]
+TrustTag = Annotated[bool, typer.Option("--trust-tag/--no-trust-tag", help="go by the slide's µm/px, or by its tissue alone")]
 Tolerance = Annotated[float, typer.Option(help="a level this near (0.01: 1 %) is taken as it is, without resampling")]
 
 
@@ -173,7 +182,7 @@ def estimate(
     model: Model = None,
     weights: Weights = None,
     trust_model: TrustModel = False,
-    criterion: Criterion = "confidence",
+    criterion: Criterion = None,
     mpp_range: MppRange = None,
     scale_range: ScaleRange = None,
     tile_size: TileSize = None,
@@ -187,6 +196,8 @@ def estimate(
     device: Device = "auto",
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    profile: ProfileCard = "auto",
+    trust_tag: TrustTag = True,
     keep: Keep = None,
     reuse: Reuse = None,
     overwrite: Annotated[bool, typer.Option(help="replace what stands at --keep")] = False,
@@ -215,6 +226,8 @@ def estimate(
             device=device,
             batch_size=batch_size,
             seed=seed,
+            profile=None if profile == "none" else profile,
+            trust_tag=trust_tag,
             keep=keep,
             reuse=reuse,
             overwrite=overwrite,
@@ -279,7 +292,7 @@ def tile(
     model: Model = None,
     weights: Weights = None,
     trust_model: TrustModel = False,
-    criterion: Criterion = "confidence",
+    criterion: Criterion = None,
     mpp_range: MppRange = None,
     scale_range: ScaleRange = None,
     places: Places = 64,
@@ -289,6 +302,8 @@ def tile(
     reader: ReaderName = "auto",
     device: Device = "auto",
     seed: Seed = 0,
+    profile: ProfileCard = "auto",
+    trust_tag: TrustTag = True,
     overwrite: Annotated[bool, typer.Option(help="replace what stands at the output")] = False,
     as_json: Json = False,
 ) -> int:
@@ -322,11 +337,15 @@ def tile(
                 device=device,
                 batch_size=None,
                 seed=seed,
+                profile=None if profile == "none" else profile,
+                trust_tag=trust_tag,
             )
             print(_sentence(found), file=sys.stderr)
             if found.abstained is not None:
                 return _fail("nothing written; give --mpp UM to choose yourself", ABSTAINED)
-            target, scale = (found.mpp, None) if found.mpp is not None else (None, found.scale)
+            # What the tissue says of its µm/px is not in the slide's tag, which a target in µm/px would be read by.
+            by_tag = found.mpp is not None and found.mpp_source != "estimated"
+            target, scale = (found.mpp, None) if by_tag else (None, found.scale)
         where = find_tissue(opened, detector)
         options: dict[str, Any] = {
             "mpp": target,
@@ -356,6 +375,147 @@ def tile(
     else:
         print(summary.sentence())
     return DONE
+
+
+@app.command()
+def profile(
+    slides: Annotated[list[str], typer.Argument(help="slides whose µm/px is right, unlabelled; two or more", metavar="SLIDES")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="model card to write, for --model")],
+    model: Model = None,
+    weights: Weights = None,
+    trust_model: TrustModel = False,
+    criterion: Criterion = None,
+    mpp_range: MppRange = None,
+    tile_size: TileSize = None,
+    places: Places = 64,
+    max_upsample: MaxUpsample = 1.0,
+    detector: TissueSpec = None,
+    reader: ReaderName = "auto",
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    keep: Annotated[Path | None, typer.Option(help="folder for what the network answers, to go on from")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace a card that is not --model's own")] = False,
+    as_json: Json = False,
+) -> None:
+    """A network's profile, from slides, into its model card: what estimate goes by from then on (docs/profiles.md).
+
+    Example: wsiscale profile *.svs --model nets.py:factory -o card.json
+    """
+    from wsiscale.networks import load_network
+    from wsiscale.profile import save_profile
+    from wsiscale.reference_slides import card_fields, profile_slides
+
+    if not output.absolute().parent.is_dir():
+        raise OptionError(f"{output.parent} is not a folder; make it first")
+    own = model is not None and output.exists() and Path(model).exists() and output.samefile(model)
+    if output.exists() and not own and not overwrite:
+        raise OptionError(f"{output} is there already; give --overwrite, another -o, or --model {output} to renew its profile")
+    network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
+    with _progress("slides") as progress:
+        done = 0
+
+        def told(name: str, left_out: str | None) -> None:
+            nonlocal done
+            done += 1
+            progress(done, len(slides))
+            if left_out is not None:
+                print(f"wsiscale: {name} is left out: {left_out}", file=sys.stderr)
+
+        made = profile_slides(
+            slides,
+            network,
+            criterion=criterion,
+            mpp_range=_parse_range(mpp_range, "--mpp-range"),
+            places=places,
+            max_upsample=max_upsample,
+            detector=detector,
+            reader=reader,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            keep=keep,
+            told=told,
+        )
+    save_profile(made.profile, output, fields=card_fields(network, model, weights, output))
+    if as_json:
+        _print_json({"card": str(output), **made.as_record()})
+    else:
+        print(f"{output}: {made.sentence()}")
+
+
+@app.command()
+def calibrate(
+    tiles: Annotated[
+        list[str],
+        typer.Argument(help="training tiles: folders, PNG, JPEG or TIFF files, or patterns with *", metavar="TILES"),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="model card to write, for --model")],
+    model: Model = None,
+    weights: Weights = None,
+    trust_model: TrustModel = False,
+    tile_mpp: Annotated[
+        float | None, typer.Option(help="µm/px of the tiles (none: the card's training_mpp)", metavar="UM")
+    ] = None,
+    tile_size: TileSize = None,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option(help="replace a card that is not --model's own")] = False,
+    as_json: Json = False,
+) -> None:
+    """A reference from training tiles, into the network's model card: what estimate goes by from then on (docs/methods.md).
+
+    The tiles are at the µm/px that the network was trained at; 200 images or more, each at least as wide as the network's tile,
+    wider ones are better.
+
+    Example: wsiscale calibrate tiles/ --model nets.py:factory --tile-mpp 0.5 -o card.json
+    """
+    from wsiscale.networks import load_network
+    from wsiscale.reference_slides import card_fields
+    from wsiscale.training_tiles import calibrate, find_images, read_images, save_reference
+
+    if tile_mpp is not None and not tile_mpp > 0:
+        raise OptionError(f"--tile-mpp is µm/px, above 0, not {tile_mpp:g}")
+    if not output.absolute().parent.is_dir():
+        raise OptionError(f"{output.parent} is not a folder; make it first")
+    own = model is not None and output.exists() and Path(model).exists() and output.samefile(model)
+    if output.exists() and not own and not overwrite:
+        raise OptionError(
+            f"{output} is there already; give --overwrite, another -o, or --model {output} to renew its reference"
+        )
+    files = find_images(tiles)
+    network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
+    mpp = network.training_mpp if tile_mpp is None else tile_mpp
+    if network.training_mpp is not None and mpp is not None and abs(mpp / network.training_mpp - 1) > 0.05:
+        raise OptionError(
+            f"{network.name} was trained at {network.training_mpp:g} µm/px, and the tiles are at {mpp:g}; "
+            "give tiles at the training's, or put the right training_mpp into the card"
+        )
+    with _progress("images") as progress:
+        made = calibrate(
+            network, read_images(files), mpp=mpp, seed=seed, device=device, batch_size=batch_size, progress=progress
+        )
+    fields = card_fields(network, model, weights, output)
+    fields |= {} if mpp is None else {"training_mpp": mpp}
+    fields |= {name: network.card[name] for name in ("profile",) if name in network.card}
+    save_reference(made, output, fields=fields)
+    record = {
+        "card": str(output),
+        "images": made.images,
+        "tiles": made.tiles,
+        "mpp": made.mpp,
+        "object_px": made.object_px,
+        "ridge_error": made.ridge_error,
+        "distance_error": made.distance_error,
+    }
+    if as_json:
+        _print_json(record)
+        return
+    at = "" if made.mpp is None else f" at {made.mpp:g} µm/px"
+    print(f"{output}: reference of {made.tiles} tiles of {made.images} images{at}")
+    errors = f"{made.distance_error:.2g} octave by their distance, by {made.ridge_error:.2g} by the ridge"
+    print(f"  left-out images are off by {errors}")
 
 
 @app.command()

@@ -8,23 +8,56 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from wsiscale.criteria import Criterion, find_criterion, peak
-from wsiscale.errors import NoTissueError, OptionError, ScaleError, StoreError
+from wsiscale.criteria import (
+    DEFAULT_CRITERION,
+    Criterion,
+    default_criterion,
+    find_criterion,
+    peak,
+)
+from wsiscale.criteria.mutual_information import dispersed, of_pixels
+from wsiscale.errors import ModelError, NoTissueError, OptionError, ScaleError, StoreError
 from wsiscale.geometry import level_for, mpp_error, scale_grid
 from wsiscale.places import sample_places
+from wsiscale.profile import (
+    MIN_OVERLAP,
+    STEP,
+    Profile,
+    Registration,
+    load_profile,
+    profile_digest,
+    profile_of,
+    refusal,
+    register,
+    registration_of,
+    registration_record,
+    settle,
+)
 from wsiscale.responses import SavedResponse
 from wsiscale.search import STRUCTURE_VIEW, Judged, Searched, adaptive, full_grid
 from wsiscale.stacks import scale_stack
 from wsiscale.tissue import TissueDetector, find_tissue
-from wsiscale.types import Abstention, Reader, ScaleCurve, ScaleEstimate, ScaleResponse, ScaleStack
+from wsiscale.training_tiles import referring
+from wsiscale.types import (
+    Abstention,
+    Calibration,
+    Pyramid,
+    Reader,
+    ScaleCurve,
+    ScaleEstimate,
+    ScaleResponse,
+    ScaleStack,
+    SlideSource,
+    Tissue,
+)
 
 if TYPE_CHECKING:
     from wsiscale.networks import Network
@@ -35,10 +68,18 @@ PLACES = 64
 PER_OCTAVE = 8
 PRECISION = 0.1  # octaves
 
+# What a slide is asked to be registered to a profile: from level 0 on, whatever its tag says.
+REGISTRATION_PLACES = 24
+REGISTRATION_COARSEST = 16.0  # level-0 px per px
+# A slide that does not look like the profile's slides, or cannot be compared with them, is none that the profile knows of.
+UNKNOWN_TO_PROFILE = ("unlike_bank", "flat", "too_few_places", "too_few_scales")
+
 # Fewer places than this make neither an interval nor a test.
 MIN_PLACES = 8
 # A curve is flat unless chance would give one as marked less than once in a hundred slides.
 SIGNIFICANCE = 0.01
+# Several criteria that have to agree hold each other in check, and are tested less hard.
+JOINED_SIGNIFICANCE = 0.05
 RESAMPLES = 400
 # Noise moves a network's answers over scale by its contrast alone. What the arrangement of the pixels adds has to be at least
 # this share of what is seen.
@@ -48,6 +89,12 @@ BIMODAL_OCTAVES = 0.75
 BIMODAL_SHARE = 0.15
 # An interval wider than this tells a user nothing.
 WIDEST_OCTAVES = 2.0
+# That of joined criteria holds their disagreement too.
+JOINED_WIDEST_OCTAVES = 3.0
+# Share of the resampled answers at an end of the range from which on the 90 % interval ends there, and may not end at all.
+REACHED = 0.05
+# A range that begins here or finer has all that the slide has.
+FINEST = 1.01
 # Networks do work best an octave away from where they were trained; further, one of the two µm/px is wrong.
 CONFLICT_OCTAVES = 1.5
 
@@ -58,7 +105,7 @@ def estimate(
     *,
     mpp_range: tuple[float, float] | None = None,
     scale_range: tuple[float, float] | None = None,
-    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = "confidence",
+    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] | None = None,
     places: int = PLACES,
     tile_size: int | None = None,
     max_upsample: float = 1.0,
@@ -68,6 +115,8 @@ def estimate(
     device: str = "auto",
     batch_size: int | None = None,
     seed: int = 0,
+    profile: Profile | str | os.PathLike[str] | None = "auto",
+    trust_tag: bool = True,
     keep: str | os.PathLike[str] | None = None,
     reuse: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -75,13 +124,20 @@ def estimate(
 ) -> ScaleEstimate:
     """The scale at which `network` works best on the tissue of `slide`, or a named abstention.
 
-    `network` is a Network, an nn.Module, or anything `load_network` takes; None is the embedded one. The range is in µm/px
-    (`mpp_range`) or relative to level 0 (`scale_range`); a slide without µm/px is worked in relative scale. The range is
+    `network` is a Network, an nn.Module, or anything `load_network` takes; None is the embedded one. Without a `criterion` it
+    goes by the training tiles in the network's card where there are any, else by `criteria.DEFAULT_CRITERION`. The range is in
+    µm/px (`mpp_range`) or relative to level 0 (`scale_range`); a slide without µm/px is worked in relative scale. The range is
     clipped to what the slide holds, which `notes` says.
 
     The search is coarse to fine, and stops adding places once the 90 % interval is within `precision` octaves on either side
     of the answer; with None every one of `places` is looked at at every scale. `keep` writes what the network answered to
     a folder; `reuse` reads it back and asks the network nothing. With `overwrite` `keep` replaces an older one.
+
+    `profile` is the network's memory of other slides (docs/profiles.md): a Profile, a card that holds one, None for none, or
+    "auto", the one in the network's own card if it is of this network, tile size and criterion. The slide is registered to it,
+    and the answer is its optimum and the slide's own curve, weighed; `registration`, `own_share` and `notes` tell. A slide
+    that does not look like the profile's has its own curve alone. The tag is gone by where there is one, unless `trust_tag`
+    is False; without one the µm/px is the registration's (`mpp_source` "estimated"). A `scale_range` asks without a profile.
 
     Raises MppError where the slide's µm/px is implausible and no `scale_range` is given, ModelError before any work where
     the network cannot take a tile, and StoreError (MISMATCH) where `reuse` is of another slide, network or options.
@@ -97,17 +153,35 @@ def estimate(
         from wsiscale.store import check_destination
 
         check_destination(keep, overwrite=overwrite)
-    rule = find_criterion(criterion)
     loaded = load_network(network, tile_size=tile_size)
+    rule = find_criterion(default_criterion(loaded.card) if criterion is None else criterion)
     size = loaded.tile_size
-    lo, hi, notes = _range(slide, mpp_range, scale_range, size=size, max_upsample=max_upsample)
+    check_range(mpp_range, scale_range, max_upsample=max_upsample)
+    known, said = _profile_for(loaded, profile, rule, scale_range)
+    saved = None
+    if reuse is not None:
+        from wsiscale.store import read_response
+
+        saved = read_response(reuse)
+    tissue = find_tissue(slide, detector)
+    asked = 0
+    registration = None
+    if known is not None and tissue.mask.any():
+        if saved is not None:
+            registration = _kept_registration(saved, known)
+            said += () if registration else ("the kept answers were not registered to this profile, which has no say",)
+        else:
+            registration, asked = _registered(
+                slide, loaded, known, tissue, seed=seed, device=device, batch_size=batch_size, progress=progress
+            )
+    slide = _calibrated(slide, registration, trust_tag=trust_tag)
+    lo, hi, notes = range_on(slide, mpp_range, scale_range, size=size, max_upsample=max_upsample)
     about: dict[str, Any] = {
         "slide": slide.source.name,
         "mpp_source": slide.calibration.source,
         "model": loaded.name,
-        "notes": notes,
+        "notes": (*notes, *said, *([slide.calibration.detail] if slide.calibration.source == "estimated" else [])),
     }
-    tissue = find_tissue(slide, detector)
     try:
         centers = sample_places(tissue, places, seed=seed, field=size * hi)
     except NoTissueError as error:
@@ -118,7 +192,6 @@ def estimate(
     stacked = partial(
         scale_stack, slide, size=size, max_upsample=max_upsample, level=level_for(slide.pyramid, float(scales[0]))
     )
-    asked = 0
 
     def ask(some: NDArray[np.intp], columns: NDArray[np.intp], guarded: bool) -> ScaleResponse:
         nonlocal asked
@@ -138,7 +211,7 @@ def estimate(
         from wsiscale.networks import network_digest
 
         made_of = {
-            "slide": _fingerprint(slide, stacked(np.array([slide.pyramid.shape]) / 2, scales=scales[:1])),
+            "slide": fingerprint(slide, stacked(np.array([slide.pyramid.shape]) / 2, scales=scales[:1])),
             "network": {"name": loaded.name, "sha256": network_digest(loaded), "tile_size": size},
             "options": {
                 "scales": scales.tolist(),
@@ -151,12 +224,10 @@ def estimate(
                 "precision": precision,
             },
         }
-    if reuse is not None:
-        from wsiscale.store import read_response
-
-        saved = _checked_against(read_response(reuse), made_of, centers, reuse)
-        response = replace(saved.response, slide_mpp=slide.pyramid.mpp)
-        guard = saved.guard
+    if saved is not None and reuse is not None:
+        saved = _checked_against(saved, made_of, centers, reuse)
+        response = referring(replace(saved.response, slide_mpp=slide.pyramid.mpp), loaded.card)
+        guard = None if saved.guard is None else referring(saved.guard, loaded.card)
         found = Searched(judge(response, guard).estimate, response, guard)
     else:
         # Where the criterion itself sees the shuffled tiles, it has them at every place and scale.
@@ -170,6 +241,8 @@ def estimate(
     if keep is not None:
         from wsiscale.store import write_response
 
+        if known is not None and registration is not None:
+            made_of["registration"] = {"profile": profile_digest(known), **registration_record(registration)}
         write_response(keep, SavedResponse(found.response, centers, found.guard, made_of), overwrite=overwrite)
     result = replace(
         found.estimate,
@@ -178,10 +251,154 @@ def estimate(
         seconds=time.perf_counter() - started,
         **about,
     )
+    if result.scale is not None and result.scale < lo * 2 ** (0.5 / per_octave):
+        finer = "" if max_upsample > 1 else "; finer than the slide is asked with --max-upsample"
+        result = replace(result, notes=(*result.notes, f"the best is the finest there is, and finer may be better{finer}"))
+    if known is not None and registration is not None:
+        result = _settled(result, known, registration, lo, hi)
     return _checked_against_training(result, loaded.training_mpp)
 
 
-def _fingerprint(slide: Reader, stack: ScaleStack) -> dict[str, Any]:
+def _profile_for(
+    network: Network,
+    profile: Profile | str | os.PathLike[str] | None,
+    rule: Criterion,
+    scale_range: tuple[float, float] | None,
+) -> tuple[Profile | None, tuple[str, ...]]:
+    """The profile to go by, if there is one that fits, and why one that there is does not.
+
+    One that the user names has to fit. Raises ModelError where it is another network's.
+    """
+    from wsiscale.networks import network_digest
+
+    automatic = isinstance(profile, str) and profile == "auto"
+    if profile is None or (automatic and scale_range is not None):
+        return None, ()
+    if automatic:
+        found = profile_of(network.card)
+    else:
+        found = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
+    if found is None:
+        return None, ()
+    if scale_range is not None:
+        raise OptionError("a profile is in µm/px and the range is not; give the range in µm/px, or no profile")
+    unfit = None
+    if found.network is not None and found.network != network_digest(network):
+        unfit = "it was made of other weights or another preparation of tiles"
+    elif found.tile_size is not None and found.tile_size != network.tile_size:
+        unfit = f"it was made of tiles of {found.tile_size} px, and these are of {network.tile_size}"
+    if unfit is not None and not automatic:
+        raise ModelError(f"the profile is not of {network.name}: {unfit}; make one with wsiscale profile")
+    if automatic and unfit is None and found.criterion != rule.name:
+        unfit = f"it was made with the criterion {found.criterion}"
+    return (found, ()) if unfit is None else (None, (f"the network's profile has no say: {unfit}",))
+
+
+def _registered(
+    slide: Reader,
+    network: Network,
+    profile: Profile,
+    tissue: Tissue,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+    **how: Any,
+) -> tuple[Registration, int]:
+    """The slide's µm/px against `profile`, and how many tiles that took. The tag is not looked at, but for the record."""
+    from wsiscale.networks import respond
+
+    claimed = slide.pyramid.mpp
+    _, _, height, width = slide.pyramid.scanned
+    coarsest = min(REGISTRATION_COARSEST, min(height, width) / network.tile_size)
+    octaves = (MIN_OVERLAP - 1) * STEP
+    if coarsest < 2**octaves:
+        return refusal("too_few_scales", f"the slide is too small; {octaves:g} octaves are needed", claimed=claimed), 0
+    centers = sample_places(tissue, REGISTRATION_PLACES, seed=seed, field=network.tile_size * coarsest)
+    scales = np.exp2(STEP * np.arange(int(np.log2(coarsest) / STEP + 1e-6) + 1))
+    stack = scale_stack(slide, centers, scales=scales, size=network.tile_size)
+    response = respond(network, stack, layers="stages", progress=progress, **how)
+    found = register(profile, replace(response, slide_mpp=None), seed=seed)
+    return replace(found, claimed=claimed), len(centers) * len(scales)
+
+
+def _kept_registration(saved: SavedResponse, profile: Profile) -> Registration | None:
+    """The registration that was kept with the answers, if it was to this profile."""
+    record = saved.about.get("registration")
+    return registration_of(record) if record is not None and record["profile"] == profile_digest(profile) else None
+
+
+def _calibrated(slide: Reader, registration: Registration | None, *, trust_tag: bool) -> Reader:
+    """The slide with the µm/px to go by: its tag's where that is trusted, else what its tissue says, if anything."""
+    tag = slide.calibration
+    if trust_tag and slide.pyramid.mpp is not None:
+        return slide
+    if registration is not None and registration.mpp is not None and registration.ci90 is not None:
+        low, high = registration.ci90
+        detail = f"{registration.mpp:.3g} µm/px ({low:.3g} to {high:.3g}) by the tissue, registered to the network's profile"
+        found = replace(tag, mpp=registration.mpp, source="estimated", verdict="trusted", reasons=("registered",))
+        return _Recalibrated(slide, replace(found, detail=detail))
+    if slide.pyramid.mpp is None:
+        return slide
+    distrusted = replace(tag, mpp=None, source="none", verdict="missing", detail="the tag is not to be trusted")
+    return _Recalibrated(slide, distrusted)
+
+
+@dataclass(frozen=True)
+class _Recalibrated:
+    """A slide with another calibration than its file's."""
+
+    slide: Reader
+    calibration: Calibration
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return replace(self.slide.pyramid, mpp=self.calibration.mpp)
+
+    @property
+    def source(self) -> SlideSource:
+        return self.slide.source
+
+    def read(self, *, level: int, y: int, x: int, height: int, width: int) -> NDArray[np.uint8]:
+        return self.slide.read(level=level, y=y, x=x, height=height, width=width)
+
+    def close(self) -> None:
+        self.slide.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+def _settled(own: ScaleEstimate, profile: Profile, registration: Registration, lo: float, hi: float) -> ScaleEstimate:
+    """The slide's own estimate and the profile's, weighed; within the range of scales, `lo` to `hi`, that was asked for."""
+    own = replace(own, registration=registration)
+    refused = registration.refused
+    if refused is not None and refused.reason in UNKNOWN_TO_PROFILE:
+        return replace(own, notes=(*own.notes, f"the network's profile has no say ({refused.reason}): {refused.detail}"))
+    # What the estimate goes by is settled already: the tag where it is trusted, else the registration.
+    by_tag = own.mpp_source in ("metadata", "override")
+    answer = settle(profile, registration, own, trust_tag=by_tag)
+    notes = (*own.notes, *answer.notes)
+    if answer.scale is None or answer.ci90 is None:
+        return replace(own, notes=notes)
+    if own.abstained is not None:
+        notes = (*notes, f"the slide's own curve has no answer ({own.abstained.reason}); this one is the profile's")
+    settled = replace(own, scale=answer.scale, ci90=answer.ci90, abstained=None, own_share=answer.own_share, notes=notes)
+    if lo <= answer.scale <= hi:
+        return settled
+    end, name = (lo, "finer") if answer.scale < lo else (hi, "coarser")
+    beyond = f"{_named(answer.scale, own.slide_mpp)} by its profile, {name} than the range, which ends at"
+    # Where the slide has no finer, its finest is the best there is.
+    if answer.ci90[0] <= end <= answer.ci90[1] or (end == lo and lo <= FINEST):
+        note = f"the network works best at {beyond} {_named(end, own.slide_mpp)}: this is that end"
+        return replace(settled, scale=end, ci90=(min(answer.ci90[0], end), max(answer.ci90[1], end)), notes=(*notes, note))
+    why = Abstention("boundary_optimum", f"the network works best at {beyond} {_named(end, own.slide_mpp)}")
+    return replace(own, scale=None, ci90=None, abstained=why, notes=(*own.notes, *answer.notes), own_share=answer.own_share)
+
+
+def fingerprint(slide: Reader, stack: ScaleStack) -> dict[str, Any]:
     """What a slide is known by again: its file, and the pixels of `stack`, which have to do for a slide in memory."""
     source = slide.source
     known = {name: getattr(source, name) for name in ("name", "size", "mtime_ns", "reader")}
@@ -226,7 +443,17 @@ def _short(value: object) -> str:
     return f"{value:.12}" if isinstance(value, str) else str(value)
 
 
-def _range(
+def check_range(mpp_range: tuple[float, float] | None, scale_range: tuple[float, float] | None, *, max_upsample: float) -> None:
+    if mpp_range is not None and scale_range is not None:
+        raise OptionError("give either a range in µm/px or one in relative scale, not both")
+    if max_upsample < 1:
+        raise OptionError(f"max_upsample is 1 (no upsampling) or more, not {max_upsample:g}")
+    asked = scale_range or mpp_range
+    if asked is not None and not 0 < asked[0] < asked[1]:
+        raise OptionError(f"a range runs from low to high, above 0; got {asked[0]:g}:{asked[1]:g}")
+
+
+def range_on(
     slide: Reader,
     mpp_range: tuple[float, float] | None,
     scale_range: tuple[float, float] | None,
@@ -236,13 +463,6 @@ def _range(
 ) -> tuple[float, float, tuple[str, ...]]:
     """(lo, hi) in level-0 px per px, clipped to what the slide holds, and what was clipped."""
     mpp = slide.pyramid.mpp
-    if mpp_range is not None and scale_range is not None:
-        raise OptionError("give either a range in µm/px or one in relative scale, not both")
-    if max_upsample < 1:
-        raise OptionError(f"max_upsample is 1 (no upsampling) or more, not {max_upsample:g}")
-    asked = scale_range or mpp_range
-    if asked is not None and not 0 < asked[0] < asked[1]:
-        raise OptionError(f"a range runs from low to high, above 0; got {asked[0]:g}:{asked[1]:g}")
     if scale_range is None and mpp is None and (mpp_range is not None or slide.calibration.verdict == "refused"):
         raise mpp_error("an estimate in µm/px was asked for", slide.calibration)
     if scale_range is not None:
@@ -290,7 +510,7 @@ def _checked_against_training(result: ScaleEstimate, training_mpp: float | None)
 
 def estimate_response(
     response: ScaleResponse,
-    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = "confidence",
+    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = DEFAULT_CRITERION,
     *,
     guard: ScaleResponse | None = None,
     seed: int = 0,
@@ -304,56 +524,81 @@ def estimate_response(
 
 
 def _judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | None, seed: int) -> Judged:
-    scores = _score_places(response, rule)  # (N, S)
-    finite = np.asarray(np.isfinite(scores).all(axis=1))
+    rows = rule.rows(response) if rule.rows is not None else _score_places(response, rule)[None]  # (K, N, S)
+    finite = np.asarray(np.isfinite(rows).all(axis=(0, 2)))
+    if response.outputs is not None:  # which not every part of a sum looks at
+        finite &= np.isfinite(response.outputs.confidence).all(axis=1)
     used = np.flatnonzero(finite)
-    flat = True
+    scores, flat = rows[0], True
 
     def no(reason: str, detail: str, **found: Any) -> Judged:
         why = Abstention(reason, detail)
         return Judged(_abstain(rule, response.slide_mpp, why, seed=seed, places=len(used), **found), scores, flat)
 
     if len(finite) and (~finite).sum() > 0.1 * len(finite):
-        if rule.shares is not None and not finite.any():
+        if (rule.shares is not None or rule.rows is not None) and not finite.any():
             return no("non_finite", f"{rule.name} says nothing of these answers: NaN or infinity, or not to be trusted")
         return no("non_finite", f"the network answered NaN or infinity at {(~finite).sum()} of {len(finite)} places")
     if len(used) < MIN_PLACES:
         return no("too_few_places", f"{len(used)} places on tissue; an estimate needs {MIN_PLACES}")
     guard = response if guard is None else guard
-    response, scores = response.take(used), scores[used]
+    response, rows = response.take(used), rows[:, used]
     scales = response.scales
     rng = np.random.default_rng(seed)
-    votes = _votes(response, rule, scores)
-    pooled = rule.score(response)
-    draws, curves = _bootstrap(response, rule, scores, votes, pooled, rng)  # (B,) scales, (B, S)
+    joined = rule.rows is not None
+    if not joined:
+        scores = rows[0]
+        pooled = rule.score(response)
+        votes = _votes(response, rule, scores)
+        draws, curves = _bootstrap(response, rule, scores, votes, pooled, rng)  # (B,) scales, (B, S)
+    else:
+        scores = rows.sum(axis=0)
+        pooled = scores.mean(axis=0)
+        votes = np.array([peak(scales, row) for row in scores])
+        draws, curves = _bootstrap_joined(rows, scales, rng)
     band = np.percentile(curves, [5, 95], axis=0)
     found: dict[str, Any] = {"curve": ScaleCurve(scales=scales, score=pooled, lo=band[0], hi=band[1]), "votes": votes}
     best = _decide(response, rule, pooled)
 
-    flat = _is_flat(scales, scores, rng)
+    significance = JOINED_SIGNIFICANCE if joined else SIGNIFICANCE
+    flat = _flip_test(_centred(scales, scores), rng) > significance
     if flat:
         if (split := _modes(np.log2(votes[np.isfinite(votes)]))) is not None:
             return no("bimodal", _two(split, response.slide_mpp), **found)
         return no("flat_curve", "the score does not change over scale by more than chance between places would", **found)
     if best is None or not np.isfinite(best):
         return no("no_optimum", f"the rule of {rule.name} finds no optimum in this range", **found)
+    if joined and not _identifies(response, best):
+        detail = (
+            "the network answers nearly the same everywhere on this slide, of which it can be as sure at a wrong scale; "
+            "give a profile or training tiles, or name a criterion"
+        )
+        return no("one_tissue", detail, **found)
     if _lacks_structure(guard, rule, rng):
         detail = "the network answers the slide's colours alone, not their arrangement: shuffled pixels give the same curve"
         return no("no_structure", detail, **found)
     octaves = np.log2(draws[np.isfinite(draws)])
-    if (end := _end_reached(scales, scores, best, own_rule=rule.decide is not None)) is not None:
+    if not joined:
+        end = _end_reached(scales, scores, best, own_rule=rule.decide is not None)
+    else:
+        end = _joined_end_reached(scales, best, octaves)
+    if end is not None:
         detail = f"the {end} end of the range is about as good as anything in it; the optimum may lie beyond"
         return no("boundary_optimum", detail, **found)
     if (split := _modes(octaves)) is not None:
         return no("bimodal", _two(split, response.slide_mpp), **found)
-    lo, hi = np.percentile(octaves, [5, 95])
+    sampled_lo, sampled_hi = np.percentile(octaves, [5, 95])
     finest, coarsest = _indistinct(scales, pooled, best, own_rule=rule.decide is not None)
-    lo, hi = min(lo, finest), max(hi, coarsest)
-    if hi - lo > WIDEST_OCTAVES:
+    answer = float(np.log2(best))
+    sampled_lo, sampled_hi = min(sampled_lo, finest) - answer, max(sampled_hi, coarsest) - answer
+    lo, hi = -np.hypot(sampled_lo, rule.usual_error), np.hypot(sampled_hi, rule.usual_error)
+    # Nothing was asked beyond the ends.
+    lo, hi = max(lo, np.log2(scales[0]) - answer), min(hi, np.log2(scales[-1]) - answer)
+    if hi - lo > (JOINED_WIDEST_OCTAVES if joined else WIDEST_OCTAVES):
         return no("wide_interval", f"the places disagree: the interval is {hi - lo:.1f} octaves wide", **found)
-    answer = ScaleEstimate(
+    result = ScaleEstimate(
         scale=float(best),
-        ci90=(float(2**lo), float(2**hi)),
+        ci90=(float(best * 2**lo), float(best * 2**hi)),
         slide_mpp=response.slide_mpp,
         abstained=None,
         criterion=rule.name,
@@ -362,7 +607,7 @@ def _judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | 
         curve=found["curve"],
         votes=votes,
     )
-    return Judged(answer, scores, flat)
+    return Judged(result, scores, flat, (float(sampled_lo), float(sampled_hi)))
 
 
 def _abstain(
@@ -392,6 +637,9 @@ def _score_places(response: ScaleResponse, rule: Criterion) -> NDArray[np.float6
     """(N, S): the criterion on each place alone, or what the place adds to it."""
     if response.places == 0:
         return np.empty((0, len(response.scales)))
+    if rule.rows is not None:
+        total: NDArray[np.float64] = rule.rows(response).sum(axis=0)
+        return total
     if rule.shares is not None:
         return rule.shares(response)
     return np.stack([rule.score(response.take(np.array([i]))) for i in range(response.places)])
@@ -433,13 +681,18 @@ def _bootstrap(
     return np.array([np.nan if d is None else d for d in decided]), curves
 
 
-def _is_flat(scales: NDArray[np.float64], scores: NDArray[np.float64], rng: np.random.Generator) -> bool:
-    """Whether the mean curve is no more marked than places with nothing in common would give.
+def _bootstrap_joined(
+    rows: NDArray[np.float64], scales: NDArray[np.float64], rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same of several criteria (K, N, S), drawn as well: which of them weighs how much is as uncertain as which place.
 
-    A sign-flip test: each place's centred curve is as likely as its mirror image if the places share no trend. It keeps
-    each curve's smoothness over scale, which shuffling the scales would destroy.
+    Weights of criteria are those of the Bayesian bootstrap (Rubin, Annals of Statistics 9, 1981).
     """
-    return _flip_test(_centred(scales, scores), rng) > SIGNIFICANCE
+    draws = rng.integers(rows.shape[1], size=(RESAMPLES, rows.shape[1]))
+    weights = rng.exponential(size=(len(rows), RESAMPLES)) if len(rows) > 1 else np.ones((1, RESAMPLES))
+    curves = sum(w[:, None] * part[draws].mean(axis=1) for w, part in zip(weights, rows, strict=True))
+    curves = np.asarray(curves / weights.sum(axis=0)[:, None] * len(rows))
+    return np.array([peak(scales, c) for c in curves]), curves
 
 
 def _centred(scales: NDArray[np.float64], curves: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -460,7 +713,11 @@ def _weight(scales: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _flip_test(curves: NDArray[np.float64], rng: np.random.Generator, resamples: int = 999) -> float:
-    """The p-value of (N, S) curves having a mean that is nowhere zero, under random signs of the rows."""
+    """The p-value of (N, S) curves' mean being no more marked than places with nothing in common would give.
+
+    A sign-flip test: each place's centred curve is as likely as its mirror image if the places share no trend. It keeps
+    each curve's smoothness over scale, which shuffling the scales would destroy.
+    """
     seen = np.square(curves.mean(axis=0)).sum()
     if seen == 0:
         return 1.0
@@ -469,14 +726,22 @@ def _flip_test(curves: NDArray[np.float64], rng: np.random.Generator, resamples:
     return float((1 + (chance >= seen * (1 - 1e-12)).sum()) / (1 + resamples))
 
 
+def _identifies(response: ScaleResponse, best: float) -> bool:
+    """Whether there is more to go by than how sure a classifier is: at `best`, where it is surest, it tells places apart.
+
+    A segmenter always does, what it looks for from what is beside that.
+    """
+    return response.outputs is None or of_pixels(response) or dispersed(response, best)
+
+
 def _lacks_structure(guard: ScaleResponse, rule: Criterion, rng: np.random.Generator) -> bool:
     """Whether tiles with their pixels shuffled - the same colours, no structure - would have given the same curve."""
     scrambled = guard.views.get(STRUCTURE_VIEW)
     if scrambled is None:
         return False
-    # What a criterion with views of its own would say of a view is not known; the network's confidence has to do, and only
-    # for whether there is structure at all.
-    own = not set(rule.views) - {STRUCTURE_VIEW}
+    # What a criterion with views of its own would say of a view is not known, and a sum of criteria has other units there; the
+    # network's confidence has to do, and only for whether there is structure at all.
+    own = rule.rows is None and not set(rule.views) - {STRUCTURE_VIEW}
     if not own and guard.outputs is None:
         return False
     judge = rule if own else find_criterion("confidence")
@@ -486,7 +751,10 @@ def _lacks_structure(guard: ScaleResponse, rule: Criterion, rng: np.random.Gener
     if not finite.any():
         return False  # of shuffled tiles the criterion has nothing to say: what it says comes from their arrangement
     added = (seen - null)[finite]  # (N, S)
-    if _flip_test(added * np.sqrt(_weight(guard.scales)), rng) > SIGNIFICANCE:
+    # Signed ranks, as Wilcoxon's: a few places where much is added tell less than many where a little is.
+    signed = np.sign(added) * stats.rankdata(np.abs(added), axis=1)
+    significance = SIGNIFICANCE if rule.rows is None else JOINED_SIGNIFICANCE
+    if _flip_test(signed * np.sqrt(_weight(guard.scales)), rng) > significance:
         return True
     return own and bool(np.ptp(added.mean(axis=0)) < STRUCTURE_SHARE * np.ptp(seen[finite].mean(axis=0)))
 
@@ -507,6 +775,23 @@ def _end_reached(scales: NDArray[np.float64], scores: NDArray[np.float64], best:
         top = int(np.abs(np.log2(scales / best)).argmin())
         gain = scores[:, top] - scores[:, end]
         if not own_rule and not stats.ttest_1samp(gain, 0, alternative="greater").pvalue < SIGNIFICANCE / candidates:
+            return name
+    return None
+
+
+def _joined_end_reached(scales: NDArray[np.float64], best: float, octaves: NDArray[np.float64]) -> str | None:
+    """The same of several criteria joined, by whether the interval of their resampled answers (B,) ends where the range does.
+
+    The finest end, smooth and surely classified by colour, is where single scores peak without a cause. Joined ones hold a null
+    against it, and where the range begins at level 0 or finer it is an answer: that is all there is of the slide.
+    """
+    at = np.log2(scales)
+    ends = [("coarsest", -1, at[-1] - at[-2])]
+    if scales[0] > FINEST:
+        ends.append(("finest", 0, at[1] - at[0]))
+    for name, end, step in ends:
+        reached = np.abs(octaves - at[end]) < step / 2
+        if abs(np.log2(best) - at[end]) < step / 2 or reached.mean() > REACHED:
             return name
     return None
 
@@ -572,6 +857,8 @@ def as_record(result: ScaleEstimate) -> dict[str, Any]:
         "curve": curve,
         "votes": _plain(result.votes * factor),
         "notes": list(result.notes),
+        "own_share": result.own_share,
+        "registration": None if result.registration is None else registration_record(result.registration),
         "versions": versions(),
         "seed": result.seed,
     }

@@ -34,8 +34,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wsiscale.errors import ModelError, OptionError
+from wsiscale.objects import objects_of
 from wsiscale.plugins import load_object
 from wsiscale.scramble import SCRAMBLES
+from wsiscale.training_tiles import referring
 from wsiscale.types import BatchNormStatistics, LayerMoments, Outputs, ScaleResponse, ScaleStack
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 _READERS = min(4, os.cpu_count() or 1)  # threads that read while the network runs
 _READ_AHEAD = 2 * _READERS  # places
+# Layers of a deep network tell much the same; all 121 of a DenseNet would be gigabytes of response.
+MOST_BATCHNORM = 24
 _LARGE = 1_000_000_000  # bytes of a response from which on it is announced
 
 
@@ -169,8 +173,9 @@ def respond(
     `views` are asked beside the plain tile: rot90, rot180, rot270, flip, and with `seed` phase_scrambled, pixel_shuffled.
     `agreement` with a turned view is one minus the total variation distance of the two softmaxes, mean over pixels mapped
     back to the plain frame.
-    `layers` is "auto" (stages and BatchNorm inputs, or the card's), "stages", "batchnorm", "none", or names as in
-    named_modules(); a BatchNorm is watched at its input, everything else at its output. Values that are not finite stay so.
+    `layers` is "auto" (stages and BatchNorm inputs, or the card's), "stages", "batchnorm" (every k-th, so that no more than
+    `MOST_BATCHNORM` are watched), "none", or names as in named_modules(); a BatchNorm is watched at its input, everything else
+    at its output. Values that are not finite stay so.
     `progress` hears of (done, total) tiles, views counted. Raises ModelError before the first tile is read where the network
     cannot take them. The module stays on `device`.
     """
@@ -204,7 +209,7 @@ def respond(
     responses = {view: _response(tiles, plan, arrays) for view, arrays in recorded.items()}
     agreement = {view: arrays[_AGREEMENT].reshape(tiles.grid) for view, arrays in recorded.items() if _AGREEMENT in arrays}
     plain = responses.pop("plain")
-    return replace(plain, views=responses, agreement=agreement)
+    return referring(replace(plain, views=responses, agreement=agreement), network.card)
 
 
 def response_bytes(network: Network, *, places: int, scales: int, views: int = 0, layers: str | Sequence[str] = "auto") -> int:
@@ -518,7 +523,7 @@ class _Plan:
     def bytes_per_tile(self) -> int:
         channels = sum(tap.channels for tap in self.taps)
         features = self.classes if self.output == "features" else 0 if self.head is None else self.head.channels
-        answers = 0 if self.output == "features" else 2 * max(self.classes, 2) + 4
+        answers = 0 if self.output == "features" else 2 * max(self.classes, 2) + 6
         return 4 * (2 * channels + features + answers)
 
 
@@ -698,6 +703,7 @@ def _taps(network: Network, calls: list[_Call], stages: list[_Call], layers: str
             raise OptionError(f"layers is {layers!r}; give auto, none, stages, batchnorm or a list of names")
         chosen = stages if layers in ("auto", "stages") else []
         norms = [call for call in last.values() if _is_batchnorm(call.layer)] if layers in ("auto", "batchnorm") else []
+        norms = norms[:: -(-len(norms) // MOST_BATCHNORM)] if layers == "batchnorm" and norms else norms
         wanted = {(call.module, call.count) for call in [*chosen, *norms]}
     else:
         names = dict(network.module.named_modules())
@@ -808,6 +814,8 @@ def _answer(network: Network, plan: _Plan, batch: _Batch, views: Sequence[str], 
         pooled[view], probabilities = _forward(network, plan, seen)
         if view == "plain":
             plain = probabilities
+            if plan.output == "segmentation" and probabilities is not None:
+                pooled[view] |= _objects(probabilities, tile=tiles.shape[1])
         elif view not in batch.scrambled and plain is not None and probabilities is not None:
             distance = (plain - _turned(probabilities, view, rows=2, back=True)).abs().sum(1) / 2  # (B, h, w)
             pooled[view][_AGREEMENT] = 1 - distance.flatten(1).mean(1)
@@ -843,6 +851,13 @@ def _forward(network: Network, plan: _Plan, tiles: Tensor) -> tuple[dict[_Key, T
     }
     pooled |= {(name, ""): values.flatten(1).mean(1) for name, values in per_pixel.items()}
     return pooled, probabilities
+
+
+def _objects(probabilities: Tensor, *, tile: int) -> dict[_Key, Tensor]:
+    """Diameter in px of the tile, and share, (B,) each, of what is likelier another class than 0, from (B, C, h, w)."""
+    found = (probabilities.argmax(1) != 0).cpu().numpy()
+    measured = torch.tensor([objects_of(mask) for mask in found], dtype=torch.float32, device=probabilities.device)  # (B, 2)
+    return {("object_px", ""): measured[:, 0] * (tile / found.shape[1]), ("object_share", ""): measured[:, 1]}
 
 
 @contextmanager
@@ -969,6 +984,7 @@ def _response(tiles: _Tiles, plan: _Plan, arrays: _Arrays) -> ScaleResponse:
             logits=shaped["logits", ""],
             probabilities=shaped["probabilities", ""],
             **{name: shaped[name, ""][..., 0] for name in ("confidence", "margin", "entropy", "energy")},
+            **{name: shaped[name, ""][..., 0] for name in ("object_px", "object_share") if (name, "") in shaped},
         )
     return ScaleResponse(
         scales=tiles.scales,

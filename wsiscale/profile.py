@@ -8,10 +8,12 @@ reference slides, tell the slide's true µm/px whatever its tag says. Pure numpy
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from wsiscale.criteria import Criterion, find_criterion, peak
+from wsiscale.criteria import DEFAULT_CRITERION, Criterion, find_criterion, peak
 from wsiscale.errors import ModelError, OptionError
+from wsiscale.responses import merge_responses
 from wsiscale.types import Abstention, ScaleEstimate, ScaleResponse
 
 VERSION = 1
 STEP = 0.25  # octaves between the bank's scales
 SCORE_STEP = 0.125  # octaves between the pooled score's
+SAME = 0.03  # octaves, 2 %: slides whose µm/px differ by less count as scanned at the same
 DIMENSIONS = 16  # principal components that are kept of a network's channels; 12 and 32 register as well
 CHANNELS = 512  # that the components are made of, at most: those that tell scales apart best
 BANK_TILES = 192  # of all slides together; with the above a card stays below 500 kB
@@ -43,13 +47,20 @@ UNLIKE = 3.0
 # The deviation counts as no less than this (correlation; log distance): a slide may lie between the grid's scales, where the
 # bank's slides perhaps do not, and the deviation of few slides is a guess.
 LIKENESS_SPREAD = (0.05, 0.2)
+# Tiles of tissue differ: a slide whose tiles differ by less than this share of the bank's variance is no mixture, and its mean
+# curve not to be held against those of mixtures. Smooth noise is small round blobs, whose mean curve is much like that of
+# nuclei, but it is alike everywhere: 1/24 to 1/12 of the embedded network's bank; the most uniform of 24 real images has 1/9.
+MIXED = 1 / 10
 # Two shifts are two answers when they are this far apart and the other one wins in this share of the resamples.
 AMBIGUOUS_OCTAVES = 0.75
 AMBIGUOUS_SHARE = 0.15
 # Own curve and profile contradict each other beyond this many standard deviations; then the curve has another peak than
 # the network's optimum (most often the fine end, where everything is smooth and sure), and has no say.
 CONFLICT = 3.0
+SCORED_SLIDES = 6  # that have to reach a scale for it to count in the pooled score, where that is not half of them
 STANDS_OUT = 0.05  # p-value of the optimum against the ends of the range; slides are few, and a stricter test never passes
+# A tag is called wrong where it is so many octaves beyond the 90 % interval of the registration: one slide in ten is beyond it.
+TAG_MARGIN = 0.25
 WIDEST_OCTAVES = 2.0  # an interval of the optimum that is wider tells a user nothing
 _NORMAL_90 = 1.645  # standard deviations on either side that hold 90 % of a normal distribution
 _SMALLEST = 1 / 16  # octaves: a standard deviation below this cannot be told from these grids
@@ -79,6 +90,11 @@ class Profile:
     errors: NDArray[np.float32]  # (2, R) octaves, by mean curves and tile by tile; NaN where it could not be
     likeness: NDArray[np.float32]  # (2, R) how well it fits where it fits best, in the units of `Registration.likeness`
     notes: tuple[str, ...] = ()
+    # Whose it is, where that is known: another network's layers may have the same names, and borders of tiles count.
+    network: str | None = None  # networks.network_digest
+    tile_size: int | None = None  # px
+    # Octaves by which other slides come out too coarse, where the reference slides are of another kind (procedural ones).
+    offset: float = 0.0
 
     @property
     def slides(self) -> int:
@@ -107,6 +123,13 @@ class Registration:
         return None if self.mpp is None or self.claimed is None else float(np.log2(self.mpp / self.claimed))
 
 
+def refusal(reason: str, detail: str, **found: Any) -> Registration:
+    """A registration that came to nothing, with what is known of it."""
+    empty: dict[str, Any] = {"claimed": None, "method": "none", "likeness": (np.nan, np.nan), "places": 0}
+    empty |= {"tried": np.empty(0), "score": np.empty(0)}
+    return Registration(mpp=None, ci90=None, refused=Abstention(reason, detail), **(empty | found))
+
+
 @dataclass(frozen=True)
 class Settlement:
     """The scale to work at, from all that is known, and what it rests on."""
@@ -126,7 +149,7 @@ class Settlement:
 def make_profile(
     responses: Sequence[ScaleResponse],
     *,
-    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = "confidence",
+    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] = DEFAULT_CRITERION,
     seed: int = 0,
 ) -> Profile:
     """The profile of the network that gave `responses`: one for each slide, unlabelled, whose µm/px is to be trusted.
@@ -195,8 +218,7 @@ def register(profile: Profile, response: ScaleResponse, *, seed: int = 0) -> Reg
     found: dict[str, Any] = {"claimed": response.slide_mpp, "places": places}
 
     def no(reason: str, detail: str, **more: Any) -> Registration:
-        empty: dict[str, Any] = {"method": "none", "likeness": (np.nan, np.nan), "tried": np.empty(0), "score": np.empty(0)}
-        return Registration(mpp=None, ci90=None, refused=Abstention(reason, detail), **(empty | found | more))
+        return refusal(reason, detail, **(found | more))
 
     if places < MIN_PLACES:
         return no("too_few_places", f"{places} places with finite answers; a registration needs {MIN_PLACES}")
@@ -213,7 +235,8 @@ def register(profile: Profile, response: ScaleResponse, *, seed: int = 0) -> Reg
     shifts = _shifts(bank, len(relative))
     if not len(shifts):
         return no("too_few_scales", "the profile's range and the slide's share too few scales at any µm/px")
-    tried = np.exp2(bank.octaves[0] + shifts * STEP - relative[0])  # level-0 µm/px
+    origin = bank.octaves[0] - profile.offset - relative[0]
+    tried = np.exp2(origin + shifts * STEP)  # level-0 µm/px
     by_mean = _mean_scores(bank, tiles.mean(axis=0)[None], shifts)[0]
     by_tile = _tile_scores(bank, tiles, shifts)  # (N, D)
     floor = _floors(bank, shifts, len(relative))
@@ -221,11 +244,13 @@ def register(profile: Profile, response: ScaleResponse, *, seed: int = 0) -> Reg
     likeness = (float(by_mean.max()), float(nearest.max()))
     found |= {"tried": tried, "likeness": likeness}
     fits = [row for row in (0, 1) if _is_like(likeness[row], profile.likeness[row], LIKENESS_SPREAD[row])]
+    if 0 in fits and _between(tiles) < MIXED * np.median([_between(t) for t in bank.of_each_slide()]):
+        fits.remove(0)
     if not fits:
         detail = "neither the slide's mean curve nor its tiles look like those of any reference slide, at any scale"
         return no("unlike_bank", detail, score=by_mean, method="mean curves")
     draws = rng.integers(places, size=(RESAMPLES, places))
-    row = min(fits, key=lambda row: _usual_error(profile.errors[row], 0.5))
+    row = min(fits, key=lambda row: usual_error(profile.errors[row], 0.5))
     if row == 0:
         method, score = "mean curves", by_mean
         resampled = _mean_scores(bank, tiles[draws].mean(axis=1), shifts)
@@ -238,16 +263,16 @@ def register(profile: Profile, response: ScaleResponse, *, seed: int = 0) -> Reg
     away = np.abs(spread) > AMBIGUOUS_OCTAVES
     if away.mean() >= AMBIGUOUS_SHARE:
         other = float(np.median(spread[away]))
-        mpp = np.exp2(bank.octaves[0] + best - relative[0])
+        mpp = np.exp2(origin + best)
         return no("ambiguous", f"{mpp:.3g} and {mpp * 2**other:.3g} µm/px at level 0 fit about as well")
     partial = (shifts < 0) | (shifts + len(relative) > len(bank.octaves))
     end = int(score.argmax())
     if end in (0, len(shifts) - 1) and len(shifts) > 1 and partial[end]:
         return no("boundary", "the slide fits best where it overlaps the profile's range least; the truth may lie beyond")
-    usual = _usual_error(profile.errors[row], 0.9)
+    usual = usual_error(profile.errors[row], 0.9)
     lo, hi = np.percentile(spread, [5, 95])
     lo, hi = min(lo, -usual, -STEP / 4), max(hi, usual, STEP / 4)
-    level0 = bank.octaves[0] + best - relative[0]
+    level0 = origin + best
     return Registration(
         mpp=float(np.exp2(level0)),
         ci90=(float(np.exp2(level0 + lo)), float(np.exp2(level0 + hi))),
@@ -271,7 +296,7 @@ def settle(
     if trust_tag and registration.claimed is not None:
         if registration.mpp is not None and registration.ci90 is not None:
             low, high = registration.ci90
-            if not low <= registration.claimed <= high:
+            if beyond(registration.claimed, registration.ci90) > TAG_MARGIN:
                 found = f"{registration.mpp:.3g} ({low:.3g} to {high:.3g})"
                 notes.append(f"the tag says {registration.claimed:.4g} µm/px, the tissue {found}")
         level0, level0_sd = registration.claimed, 0.0
@@ -307,6 +332,11 @@ def settle(
     )
 
 
+def beyond(mpp: float, ci90: tuple[float, float]) -> float:
+    """Octaves that `mpp` lies outside of an interval, 0 inside."""
+    return max(0.0, float(np.log2(ci90[0] / mpp)), float(np.log2(mpp / ci90[1])))
+
+
 def _deviation(ci90: tuple[float, float]) -> float:
     """The standard deviation in octaves that a 90 % interval stands for."""
     return max(float(np.log2(ci90[1] / ci90[0])) / (2 * _NORMAL_90), _SMALLEST)
@@ -331,6 +361,9 @@ def to_record(profile: Profile) -> dict[str, Any]:
         "spread": profile.spread,
         "criterion": profile.criterion,
         "slides": profile.slides,
+        "network": profile.network,
+        "tile_size": profile.tile_size,
+        "offset": profile.offset,
         "layers": [list(layer) for layer in profile.layers],
         "notes": list(profile.notes),
         "arrays": base64.b64encode(packed.getvalue()).decode("ascii"),
@@ -352,6 +385,9 @@ def from_record(record: Mapping[str, Any]) -> Profile:
             criterion=str(record["criterion"]),
             layers=tuple((str(name), int(count)) for name, count in record["layers"]),
             notes=tuple(record["notes"]),
+            network=None if record.get("network") is None else str(record["network"]),
+            tile_size=None if record.get("tile_size") is None else int(record["tile_size"]),
+            offset=float(record.get("offset", 0.0)),
             **(arrays | {name: arrays[name].astype(np.float32) for name in _HALF}),
         )
     except (LookupError, ValueError, TypeError, OSError, EOFError) as error:
@@ -377,21 +413,74 @@ def profile_of(card: Mapping[str, Any]) -> Profile | None:
     return from_record(record)
 
 
-def save_profile(profile: Profile, card: str | Path) -> None:
-    """Puts the profile into a card's file, in place of one that is there; the card's other fields stay."""
+def load_profile(card: str | Path) -> Profile:
+    """The profile in a card's file. Raises ModelError where there is none."""
+    found = profile_of(_fields(Path(card)))
+    if found is None:
+        raise ModelError(f"{card} holds no profile; make one with wsiscale profile SLIDES... -o {card}")
+    return found
+
+
+def save_profile(profile: Profile, card: str | Path, *, fields: Mapping[str, Any] | None = None) -> None:
+    """Puts the profile into a card's file, in place of one that is there; the card's other fields stay, or become `fields`."""
     path = Path(card)
-    known: dict[str, Any] = {}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path} is not a model card, but {error}") from error
-        if not isinstance(known, dict):
-            raise ModelError(f"{path} is not a model card: it holds no object")
+    known = dict(fields) if fields is not None else _fields(path) if path.exists() else {}
     text = json.dumps(known | {"profile": to_record(profile)}, indent=2, ensure_ascii=False) + "\n"
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _fields(card: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(card.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"the card {card} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{card} is not a model card, but {error}") from error
+    if not isinstance(known, dict):
+        raise ModelError(f"{card} is not a model card: it holds no object")
+    return known
+
+
+def profile_digest(profile: Profile) -> str:
+    """By which a profile is known again, before and after it was in a card."""
+    digest = hashlib.sha256(repr((profile.optimum, profile.network, profile.tile_size, profile.offset)).encode())
+    for name in _ARRAYS:
+        digest.update(np.ascontiguousarray(getattr(profile, name)).tobytes())
+    return digest.hexdigest()
+
+
+def registration_record(registration: Registration) -> dict[str, Any]:
+    """A registration as plain JSON: what an estimate says of it."""
+    return {
+        "mpp": registration.mpp,
+        "ci90": None if registration.ci90 is None else list(registration.ci90),
+        "claimed": registration.claimed,
+        "refused": None if registration.refused is None else dict(vars(registration.refused)),
+        "method": registration.method,
+        "likeness": [float(f"{v:.4g}") if np.isfinite(v) else None for v in registration.likeness],
+        "places": registration.places,
+    }
+
+
+def registration_of(record: Mapping[str, Any]) -> Registration:
+    """What `registration_record` wrote, without its curve over shifts."""
+    return Registration(
+        mpp=record["mpp"],
+        ci90=None if record["ci90"] is None else (record["ci90"][0], record["ci90"][1]),
+        claimed=record["claimed"],
+        refused=None if record["refused"] is None else Abstention(**record["refused"]),
+        method=record["method"],
+        likeness=(_number(record["likeness"][0]), _number(record["likeness"][1])),
+        tried=np.empty(0),
+        score=np.empty(0),
+        places=record["places"],
+    )
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 # --- from responses to curves ---------------------------------------------------------------------------------------------
@@ -403,18 +492,32 @@ def _usable(responses: Sequence[ScaleResponse]) -> tuple[list[ScaleResponse], tu
     for i, response in enumerate(responses):
         if response.slide_mpp is None:
             raise OptionError(f"slide {i + 1} of {len(responses)} has no µm/px; a profile is made of slides that have")
-        finite = np.isfinite(_curves(response, _layers_of(response))).all(axis=(1, 2))
-        native = response.scales[_native(response)]
-        wide = len(native) > 0 and np.log2(native[-1] / native[0]) > (MIN_OVERLAP - 1) * STEP - 1e-6
-        if finite.sum() < MIN_PLACES or not wide:
-            left_out = f"{finite.sum()} finite places" if wide else "too few scales from level 0 on"
-            notes.append(f"slide {i + 1} of {len(responses)} was left out: {left_out}")
+        if (lacking := lacks(response)) is not None:
+            notes.append(f"slide {i + 1} of {len(responses)} was left out: {lacking}")
             continue
+        finite = _finite(response)
         kept.append(response if finite.all() else response.take(np.flatnonzero(finite)))
     if len(kept) < 2:
         said = f" ({'; '.join(notes)})" if notes else ""
         raise OptionError(f"a profile needs two slides or more, and there are {len(kept)} to make it of{said}")
     return kept, tuple(notes)
+
+
+def lacks(response: ScaleResponse) -> str | None:
+    """What a slide with µm/px lacks to be a reference slide; None where it will do."""
+    native = response.scales[_native(response)]
+    octaves = float(np.log2(native[-1] / native[0])) if len(native) else 0.0
+    if octaves <= (MIN_OVERLAP - 1) * STEP - 1e-6:
+        return f"{octaves:.2g} octaves from level 0 on; {(MIN_OVERLAP - 1) * STEP:g} are needed"
+    if (places := int(_finite(response).sum())) < MIN_PLACES:
+        return f"{places} finite places; {MIN_PLACES} are needed"
+    return None
+
+
+def _finite(response: ScaleResponse) -> NDArray[np.bool_]:
+    """(N,) places whose answers are all finite."""
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(_curves(response, _layers_of(response))).all(axis=(1, 2)))
+    return finite
 
 
 def _native(response: ScaleResponse) -> NDArray[np.bool_]:
@@ -516,10 +619,10 @@ def _pooled_score(
     """log2 µm/px (V,), pooled score (V,), its peak in µm/px with a 90 % interval, the slides' spread, and notes."""
     at = [_log2_mpp(r) for r in responses]
     grid = _common_grid(at, SCORE_STEP)
-    scores = [rule.score(r) for r in responses]
+    scores = _scores_of(responses, rule)
     table = np.stack([_interpolated(a, s[None, :, None], grid)[0, :, 0] for a, s in zip(at, scores, strict=True)])  # (R, V)
     table = table[np.isfinite(table).any(axis=1)]
-    there = np.isfinite(table).sum(axis=0) >= max(2, len(table) / 2)
+    there = np.isfinite(table).sum(axis=0) >= min(max(2, len(table) / 2), SCORED_SLIDES)
     grid, table = grid[there], table[:, there]
     nothing = (grid, np.zeros(len(grid)), None, None, STEP)
     if len(grid) < 3:
@@ -528,11 +631,16 @@ def _pooled_score(
     best = float(np.log2(peak(np.exp2(grid), pooled)))
     if not np.isfinite(best):
         return (*nothing, ("no pooled optimum: the score is the same at all scales",))
-    if abs(best - grid[0]) < SCORE_STEP / 2 or abs(best - grid[-1]) < SCORE_STEP / 2:
-        reached = "finest" if best < grid.mean() else "coarsest"
-        return (grid, pooled, None, None, STEP, (f"no pooled optimum: the score is highest at the {reached} end",))
-    if (end := _end_as_good(grid, table, best)) is not None:
-        return (grid, pooled, None, None, STEP, (f"no pooled optimum: the {end} end is about as good as any scale",))
+    # Where the slides have no finer, and were not blown up, their finest may be the optimum.
+    ends = {"coarsest": -1}
+    if grid[0] < min(np.log2(r.slide_mpp or np.nan) for r in responses) - SCORE_STEP:
+        ends["finest"] = 0
+    for reached, end in ends.items():
+        if abs(best - grid[end]) < SCORE_STEP / 2:
+            return (grid, pooled, None, None, STEP, (f"no pooled optimum: the score is highest at the {reached} end",))
+        if not _stands_out(grid, table, best, end):
+            said = f"no pooled optimum: the {reached} end is about as good as any scale"
+            return (grid, pooled, None, None, STEP, (said,))
     draws = [_additive(table[rng.integers(len(table), size=len(table))]) for _ in range(RESAMPLES)]
     tops = np.log2([peak(np.exp2(grid), d) for d in draws])
     lo, hi = np.percentile(tops[np.isfinite(tops)], [5, 95])
@@ -542,21 +650,66 @@ def _pooled_score(
     own = np.log2([peak(np.exp2(a), s) for a, s in zip(at, scores, strict=True)])
     own = own[np.isfinite(own)]
     spread = 1.4826 * float(np.median(np.abs(own - best))) if len(own) else STEP
-    return grid, pooled, float(2**best), (float(2**lo), float(2**hi)), max(spread, _SMALLEST), ()
+    finer = ("the optimum is the finest that the slides have; finer may be better",) if best < grid[0] + SCORE_STEP / 2 else ()
+    return grid, pooled, float(2**best), (float(2**lo), float(2**hi)), max(spread, _SMALLEST), finer
 
 
-def _end_as_good(grid: NDArray[np.float64], table: NDArray[np.float64], best: float) -> str | None:
-    """The end of the range from which the optimum does not stand out: a one-sided paired t test over slides.
+def _scores_of(responses: list[ScaleResponse], rule: Criterion) -> list[NDArray[np.float64]]:
+    """(S,) for each slide, as one of all that were asked at the same µm/px.
+
+    Whether answers differ, and how far a network's BatchNorm is from its memory, a slide of one tissue does not tell.
+    """
+    if rule.rows is None and rule.shares is None:
+        return [rule.score(response) for response in responses]
+    found: dict[int, NDArray[np.float64]] = {}
+    for alike in _same_scales(responses):
+        first = responses[alike[0]]
+        places = _stacked([responses[i] for i in alike], first.scales)
+        rows = (
+            rule.rows(places).sum(axis=0) if rule.rows is not None else rule.shares(places) if rule.shares is not None else None
+        )
+        assert rows is not None
+        ends = np.cumsum([responses[i].places for i in alike])
+        found |= {i: part.mean(axis=0) for i, part in zip(alike, np.split(rows, ends[:-1]), strict=True)}
+    return [found[i] for i in range(len(responses))]
+
+
+def _same_scales(responses: Sequence[ScaleResponse]) -> list[list[int]]:
+    """The slides in groups that were asked at the same µm/px, to within `SAME` octaves."""
+    groups: list[list[int]] = []
+    for i, response in enumerate(responses):
+        mine = _log2_mpp(response)
+        for group in groups:
+            theirs = _log2_mpp(responses[group[0]])
+            if len(theirs) == len(mine) and np.abs(theirs - mine).max() < SAME:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+def _stacked(responses: Sequence[ScaleResponse], scales: NDArray[np.float64]) -> ScaleResponse:
+    """All their places as one slide's, at `scales`."""
+
+    def at(response: ScaleResponse) -> ScaleResponse:
+        views = {name: at(view) for name, view in response.views.items()}
+        return replace(response, scales=scales, slide_mpp=None, views=views)
+
+    return reduce(partial(merge_responses, along="places"), map(at, responses))
+
+
+def _stands_out(grid: NDArray[np.float64], table: NDArray[np.float64], best: float, end: int) -> bool:
+    """Whether the optimum stands out from that end of the range: a one-sided paired t test over slides.
 
     Of two slides nothing can be tested.
     """
     top = int(np.abs(grid - best).argmin())
-    for end, name in ((0, "finest"), (-1, "coarsest")):
-        gain = table[:, top] - table[:, end]
-        gain = gain[np.isfinite(gain)]
-        if len(gain) > 2 and np.ptp(gain) > 0 and not stats.ttest_1samp(gain, 0, alternative="greater").pvalue < STANDS_OUT:
-            return name
-    return None
+    gain = table[:, top] - table[:, end]
+    gain = gain[np.isfinite(gain)]
+    if len(gain) <= 2 or np.ptp(gain) == 0:
+        return True
+    return bool(stats.ttest_1samp(gain, 0, alternative="greater").pvalue < STANDS_OUT)
 
 
 def _additive(table: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -593,6 +746,17 @@ class _Bank:
         rest = self.tile_slide != slide
         names = self.tile_slide[rest]
         return _Bank(self.octaves, self.tiles[rest], names - (names > slide), np.delete(self.means, slide, axis=0))
+
+    def of_each_slide(self) -> list[NDArray[np.float32]]:
+        """Tiles (T, U, P) of each reference slide."""
+        return [self.tiles[self.tile_slide == r] for r in range(len(self.means))]
+
+    def alike(self) -> list[list[int]]:
+        """The slides in groups that have the same scales."""
+        groups: dict[bytes, list[int]] = {}
+        for r, mean in enumerate(self.means):
+            groups.setdefault(np.isfinite(mean[:, 0]).tobytes(), []).append(r)
+        return list(groups.values())
 
     def there(self, slide: int, scales: NDArray[np.intp]) -> NDArray[np.intp]:
         """Those of `scales` that the slide has."""
@@ -677,22 +841,34 @@ def _floors(bank: _Bank, shifts: NDArray[np.intp], length: int) -> NDArray[np.fl
     Without it the shifts win at which all tissue looks alike (the coarse end) or few scales have to fit.
     """
     result = np.empty(len(shifts))
+    groups = bank.alike()
     for column, shift in enumerate(shifts):
         _, scales = _overlap(int(shift), length, len(bank.octaves))
-        found = []
-        for r in range(len(bank.means)):
-            own = bank.tiles[bank.tile_slide == r]
+        found: list[np.floating] = []
+        for mine in groups:
+            own = np.isin(bank.tile_slide, mine)
             others = []
-            for q in range(len(bank.means)):
-                there = bank.there(q, bank.there(r, scales))
-                if q != r and len(there) >= _enough(length):
-                    others.append(_distances(own[:, there], bank.tiles[bank.tile_slide == q][:, there]))
+            for theirs in groups:
+                there = bank.there(theirs[0], bank.there(mine[0], scales))
+                if len(there) >= _enough(length):
+                    rest = np.isin(bank.tile_slide, theirs)
+                    distances = _distances(bank.tiles[own][:, there], bank.tiles[rest][:, there])
+                    distances[bank.tile_slide[own][:, None] == bank.tile_slide[rest]] = np.inf
+                    others.append(distances)
             if others:
-                found.append(np.log(_nearest(np.concatenate(others, axis=1))).mean())
+                nearest = np.log(_nearest(np.concatenate(others, axis=1)))  # (T of mine,), inf without another slide
+                means = [nearest[bank.tile_slide[own] == r].mean() for r in mine]
+                found += [mean for mean in means if np.isfinite(mean)]
         # Where only one slide reaches there is nothing to compare with; then no shift is favoured.
         result[column] = np.mean(found) if found else np.nan
     usual = np.nanmean(result) if np.isfinite(result).any() else 0.0
     return np.where(np.isfinite(result), result, usual)
+
+
+def _between(tiles: NDArray[np.float64] | NDArray[np.float32]) -> float:
+    """The variance between tiles (N, L, P) at one scale, mean over the scales that there are and over components."""
+    there = np.isfinite(tiles[0, :, 0])
+    return float(tiles[:, there].var(axis=0, dtype=np.float64).mean())
 
 
 def _distances(
@@ -708,10 +884,13 @@ def _distances(
 
 
 def _nearest(distances: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(A,) mean of the smallest few of (A, B)."""
+    """(A,) mean of the smallest few of (A, B); infinity is no distance, unless there is no other."""
     few = min(NEIGHBOURS, distances.shape[1])
-    nearest: NDArray[np.float64] = np.partition(distances, few - 1, axis=1)[:, :few].mean(axis=1)
-    return np.maximum(nearest, 1e-12)
+    nearest = np.partition(distances, few - 1, axis=1)[:, :few]
+    counted = np.isfinite(nearest)
+    total = np.where(counted, nearest, 0).sum(axis=1)
+    mean: NDArray[np.float64] = np.where(counted.any(axis=1), total / np.maximum(counted.sum(axis=1), 1), np.inf)
+    return np.maximum(mean, 1e-12)
 
 
 def _top(shifts: NDArray[np.intp], score: NDArray[np.float64]) -> float:
@@ -735,7 +914,7 @@ def _is_flat(tiles: NDArray[np.float64], rng: np.random.Generator) -> bool:
     return bool((1 + (chance >= seen * (1 - 1e-12)).sum()) / 1000 > SIGNIFICANCE)
 
 
-def _usual_error(errors: NDArray[np.float32], share: float) -> float:
+def usual_error(errors: NDArray[np.float32], share: float) -> float:
     """Octaves that this share of slides like the reference slides are off by at most.
 
     The quantile is raised by (n + 1) / n for being taken of the same few slides (conformal prediction).

@@ -35,6 +35,8 @@ class Judged:
     estimate: ScaleEstimate
     scores: NDArray[np.float64]  # (N, S) of each place that counts alone; empty where nothing was scored
     flat: bool  # the places have no curve over scale in common, so far
+    # Octaves from the answer that more places could narrow; without what the criterion is usually off by.
+    sampled: tuple[float, float] | None = None
 
 
 Judge = Callable[[ScaleResponse, ScaleResponse | None], Judged]
@@ -161,8 +163,8 @@ def _settled(judged: Judged, precision: float, *, ended: bool) -> bool:
     if not _one_mode(judged, _plausible(judged, RULED_OUT)):
         return False
     found = judged.estimate
-    if found.ci90 is None or found.scale is None:
+    if judged.sampled is None or found.scale is None:
         return ended
     far = np.abs(np.log2(found.votes / found.scale)) > ONE_MODE  # NaN, a place without a vote, is not
-    lo, hi = np.log2(np.array(found.ci90) / found.scale)
+    lo, hi = judged.sampled
     return bool(max(hi, -lo) <= precision and far.mean() < DISSENT)

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import dask.array as da
 
+    from wsiscale.profile import Registration
+    from wsiscale.training_tiles import Reference
+
 MppSource = Literal["metadata", "override", "estimated", "none"]
 
 
@@ -184,6 +187,15 @@ class Outputs:
     margin: NDArray[np.float32]  # (N, S) mean over pixels of the largest logit minus the runner-up
     entropy: NDArray[np.float32]  # (N, S) mean over pixels, in nats
     energy: NDArray[np.float32]  # (N, S) mean over pixels of logsumexp of the logits
+    # (N, S) of the objects that are not of class 0: diameter in px of the median one, and their share of the tile. NaN for
+    # classifiers and views, and where nothing was measured.
+    object_px: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    object_share: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def __post_init__(self) -> None:
+        for name in ("object_px", "object_share"):
+            if getattr(self, name).shape != self.confidence.shape:
+                object.__setattr__(self, name, np.full(self.confidence.shape, np.nan, np.float32))
 
     def take(self, places: NDArray[np.intp]) -> Outputs:
         return Outputs(**{name: value[places] for name, value in vars(self).items()})
@@ -204,6 +216,8 @@ class ScaleResponse:
     head_bias: NDArray[np.float32] | None = None  # (C,)
     views: Mapping[str, ScaleResponse] = field(default_factory=dict)  # "rot90", "phase_scrambled": the same places
     agreement: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # view -> (N, S) in 0..1, plain against it
+    reference: Reference | None = None  # the network's training tiles, where its card has them
+    object_px: float | None = None  # diameter of the median object in them, where the card says so
 
     @property
     def places(self) -> int:
@@ -228,6 +242,8 @@ class ScaleResponse:
             head_bias=self.head_bias,
             views={name: view.take(places) for name, view in self.views.items()},
             agreement={name: value[places] for name, value in self.agreement.items()},
+            reference=self.reference,
+            object_px=self.object_px,
         )
 
 
@@ -269,6 +285,8 @@ class ScaleEstimate:
     layers: tuple[str, ...] = ()  # watched for the criterion
     forwards: int = 0  # tiles that went through the network, views included
     seconds: float = 0.0
+    own_share: float = 1.0  # 0..1, weight of the slide's own curve in `scale`; the rest is the network's profile's
+    registration: Registration | None = None  # of the slide to the network's profile, where it was asked for
 
     @property
     def mpp(self) -> float | None:

@@ -9,7 +9,7 @@ quality: Deng, Gould & Zheng, ICML 2021 (arXiv:2106.05961).
 Fails where a network collapses: who answers the same to everything agrees with itself perfectly, typically at the ends of the
 range. A network that was trained without turned tiles disagrees everywhere, though still least where it is sure. Half-way
 sure answers agree better than sure ones that flip, so that the curve is steep only where the margin is small. Best with a
-criterion that falls where the network collapses: see `structure`.
+criterion that falls where the network collapses: see `combined`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from wsiscale.errors import OptionError
 from wsiscale.types import ScaleResponse
 
 SOURCE = "ours; consistency under transformations: Deng, Gould & Zheng, ICML 2021 (arXiv:2106.05961)"
-VIEWS = ("rot90", "rot180", "flip")
+VIEWS = ("rot90",)
 
 
 def score(response: ScaleResponse) -> NDArray[np.float64]:

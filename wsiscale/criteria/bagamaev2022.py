@@ -59,9 +59,16 @@ def decide(response: ScaleResponse) -> float | None:
     return bagamaev2022_with_labels(response, _predicted(response))
 
 
-def bagamaev2022_with_labels(response: ScaleResponse, labels: NDArray[np.intp], *, pool: Pool = "all") -> float | None:
-    """`decide` with the true class of each place, `labels` (N,), as published; for benchmarks."""
-    return combine(place_votes(response, labels, pool=pool)) if _finite(response) else None
+def bagamaev2022_with_labels(
+    response: ScaleResponse, labels: NDArray[np.intp], *, pool: Pool = "all", sigma: float = SIGMA, percent: float = PERCENT
+) -> float | None:
+    """`decide` with the true class of each place, `labels` (N,), as published; for benchmarks.
+
+    `sigma`, grid steps, and `percent` of the channels are what the thesis tried other values of, on its test.
+    """
+    if not _finite(response):
+        return None
+    return combine(place_votes(response, labels, pool=pool, sigma=sigma, percent=percent))
 
 
 def combine(votes: NDArray[np.float64]) -> float | None:
@@ -75,24 +82,28 @@ def bagamaev2022_grid() -> NDArray[np.float64]:
     return np.arange(5, 100) / 10
 
 
-def place_votes(response: ScaleResponse, classes: NDArray[np.intp], *, pool: Pool = "all") -> NDArray[np.float64]:
+def place_votes(
+    response: ScaleResponse, classes: NDArray[np.intp], *, pool: Pool = "all", sigma: float = SIGMA, percent: float = PERCENT
+) -> NDArray[np.float64]:
     """Each place's answer, the median of its extrema: (N,) level-0 px per px, NaN where it has none.
 
     `pool` is which extrema count: "all" (the published results), "one" (of channels that have just one; where the curve has
     more, its derivative's if that has just one), "global" (those as far from zero as the curve ever gets).
     """
-    counts = extrema_counts(response, classes, pool=pool)
+    counts = extrema_counts(response, classes, pool=pool, sigma=sigma, percent=percent)
     return np.array([np.median(np.repeat(response.scales, c)) if c.any() else np.nan for c in counts])
 
 
-def extrema_counts(response: ScaleResponse, classes: NDArray[np.intp], *, pool: Pool = "all") -> NDArray[np.intp]:
+def extrema_counts(
+    response: ScaleResponse, classes: NDArray[np.intp], *, pool: Pool = "all", sigma: float = SIGMA, percent: float = PERCENT
+) -> NDArray[np.intp]:
     """How many extrema of the kept channels and their derivatives lie at each scale: (N, S)."""
     features, _ = head_of(response, "bagamaev2022")
     scales = response.scales
     if len(scales) < 2:
         return np.zeros(features.shape[:2], np.intp)
-    kept = kept_channels(channel_weights(response, classes))[:, None]  # (N, 1, F)
-    curves = gaussian_filter1d(features, SIGMA, axis=1)
+    kept = kept_channels(channel_weights(response, classes), percent=percent)[:, None]  # (N, 1, F)
+    curves = gaussian_filter1d(features, sigma, axis=1)
     slopes = _derivative(curves, scales)
     of_curves, of_slopes = extrema(curves, scales), extrema(slopes, scales)
     if pool == "one":
@@ -117,9 +128,9 @@ def channel_weights(response: ScaleResponse, classes: NDArray[np.intp]) -> NDArr
     return weights
 
 
-def kept_channels(weights: NDArray[np.float64]) -> NDArray[np.bool_]:
+def kept_channels(weights: NDArray[np.float64], *, percent: float = PERCENT) -> NDArray[np.bool_]:
     """The half of the channels with the largest weights, and all that tie with the smallest of them: (N, F)."""
-    count = round(weights.shape[1] * PERCENT / 100)
+    count = round(weights.shape[1] * percent / 100)
     if count == 0:
         return np.zeros_like(weights, bool)
     return weights >= np.sort(weights, axis=1)[:, -count, None]

@@ -1,13 +1,14 @@
-"""Several criteria in one: the sum of their scores over scale, each in units of its own mean and spread.
+"""Several criteria in one, by the ranks that each place gives the scales.
 
-    score(s) = sum over parts of [q(s) - mean over s of q] / [standard deviation over s of q]
+    r_kn(s) = share of the range that part k finds worse at place n than s, minus the share that it finds better: -1..1
+    score(s) = sum over parts k of the mean over places n of r_kn(s)
 
-Criteria fail at different scales, so that where they agree is more likely right. Votes of each part's argmax would throw
-away how marked their curves are.
+Shares are of octaves, so that a grid that is finer somewhere weighs no more there. Criteria fail at different scales, so that
+where they agree is more likely right. Ranks, as in Friedman's test (JASA 32, 1937), need no units, and a part weighs as much as
+its places agree: one whose places rank the scales at random adds nothing, and neither do a few places with large values.
 
-Fails where parts fail together: two that favour the fine end favour it twice. Units over the *range* mean that the range
-matters: a part's deep hole at one end flattens the rest of its curve. A part that is noise has the same spread as one that
-knows; its noise is not told from a signal here, but by the tests over places.
+Fails where parts fail together: two that favour the fine end favour it twice. A rank does not say by how much: a part with a
+clear peak at a few places and noise at the others counts as noise.
 """
 
 from __future__ import annotations
@@ -35,24 +36,29 @@ class Part(Protocol):
 
 
 def score(response: ScaleResponse, *, parts: Sequence[Part], optional: Sequence[Part] = ()) -> NDArray[np.float64]:
-    """(S,) sum of the parts' z-scores over scale; NaN where no part says anything."""
-    curves = [part.score(response) for part in _given(response, parts, optional)]
-    return _total([_standardised(curve, curve) for curve in curves], (len(response.scales),))
+    """(S,) sum of the parts; NaN where no part says anything, or one of them not of every place."""
+    found = rows(response, parts=parts, optional=optional)
+    if found.shape[1] == 0:
+        return np.full(len(response.scales), np.nan)
+    total: NDArray[np.float64] = found.mean(axis=1).sum(axis=0)
+    return total
 
 
-def shares(response: ScaleResponse, *, parts: Sequence[Part], optional: Sequence[Part] = ()) -> NDArray[np.float64]:
-    """(N, S) what each place adds, in the units that all places give."""
-    found = [_rows(response, part) for part in _given(response, parts, optional)]
-    # A place counts where every part that says anything has a number for it.
-    said = [rows for rows in found if np.isfinite(rows).all(axis=1).any()]
-    used = np.all([np.isfinite(rows).all(axis=1) for rows in said], axis=0) if said else np.zeros(response.places, bool)
-    full = np.full((response.places, len(response.scales)), np.nan)
-    if used.any():
-        if not used.all():
-            found = [_rows(response.take(np.flatnonzero(used)), part) for part in _given(response, parts, optional)]
-            said = [rows for rows in found if np.isfinite(rows).all()]
-        full[used] = _total([_standardised(rows, rows.mean(axis=0)) for rows in said], (int(used.sum()), len(response.scales)))
-    return full
+def rows(response: ScaleResponse, *, parts: Sequence[Part], optional: Sequence[Part] = ()) -> NDArray[np.float64]:
+    """(K, N, S) how each part that says anything ranks the scales at each place; NaN where it does not, K >= 1."""
+    found = [ranks(_of_places(response, part), response.scales) for part in _given(response, parts, optional)]
+    said = [part for part in found if np.isfinite(part).all(axis=1).any()]
+    places = found[0].shape[0] if found else 0
+    return np.stack(said) if said else np.full((1, places, len(response.scales)), np.nan)
+
+
+def ranks(rows: NDArray[np.float64], scales: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, S) of rows (N, S): the share of octaves where one is lower, minus where it is higher. NaN rows for those with NaN."""
+    octaves = np.gradient(np.log2(scales)) if len(scales) > 1 else np.ones(1)
+    above = np.sign(rows[:, :, None] - rows[:, None, :])  # (N, S, S)
+    ranked: NDArray[np.float64] = above @ (octaves / octaves.sum())
+    ranked[~np.isfinite(rows).all(axis=1)] = np.nan
+    return ranked
 
 
 def _given(response: ScaleResponse, parts: Sequence[Part], optional: Sequence[Part]) -> list[Part]:
@@ -67,26 +73,10 @@ def _given(response: ScaleResponse, parts: Sequence[Part], optional: Sequence[Pa
     return given
 
 
-def _rows(response: ScaleResponse, part: Part) -> NDArray[np.float64]:
+def _of_places(response: ScaleResponse, part: Part) -> NDArray[np.float64]:
     """(N, S)"""
     if part.shares is not None:
         return part.shares(response)
     if response.places == 0:
         return np.empty((0, len(response.scales)))
     return np.stack([part.score(response.take(np.array([i]))) for i in range(response.places)])
-
-
-def _standardised(curve: NDArray[np.float64], pooled: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`curve` (..., S) in units of `pooled` (S,): zero where that is flat, rounding aside, and NaN where it is not finite."""
-    if not np.isfinite(pooled).all():
-        return np.where(np.isfinite(pooled), 0.0, np.nan) + np.zeros_like(curve)
-    spread = pooled.std()
-    if spread <= 1e-12 * np.abs(pooled).max(initial=0):
-        return np.zeros_like(curve)
-    units: NDArray[np.float64] = (curve - pooled.mean()) / spread
-    return units
-
-
-def _total(curves: list[NDArray[np.float64]], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    said = [curve for curve in curves if not np.isnan(curve).all()]
-    return np.sum(said, axis=0) if said else np.full(shape, np.nan)
