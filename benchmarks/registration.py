@@ -1,6 +1,9 @@
 """How well a slide's true µm/px is found by registering it to other slides: ways to do it, on real tissue, slide left out.
 
-    python benchmarks/registration.py [DATA] [--cache FOLDER]
+    python benchmarks/registration.py [DATA] [--cache FOLDER] [--bundled develop|report|all]
+
+With --bundled the embedded network's own profile, made of procedural slides, is tried instead, on real images and copies of
+them with other pixels, and on noise; by halves of the split that methods are developed on and reported on.
 
 DATA ($WSISCALE_DATA) holds slides/, patches/ and weights/. Each slide is registered to a profile of the others, over a window
 of its scales that is drawn at random: all images start at level 0, and without that the ends of the ranges would give the
@@ -10,6 +13,7 @@ answer away. Copies made 1.5 times coarser ask the same with another pixel size.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import sys
@@ -22,10 +26,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from scipy.optimize import linear_sum_assignment
 
 import wsiscale as ws
 from wsiscale import profile as p
+from wsiscale.testing.procedural import random_stain, slide_image
 from wsiscale.types import LayerMoments, Reader, ScaleResponse
 
 NAMES = Path(__file__).parents[1] / "tests" / "nets.py"
@@ -40,13 +46,87 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="?", type=Path, default=os.environ.get("WSISCALE_DATA"))
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--bundled", choices=("develop", "report", "all"))
     options = parser.parse_args()
     if options.data is None:
         sys.exit("say where the real data is, or set WSISCALE_DATA")
     os.environ["WSISCALE_DATA"] = str(options.data)
+    if options.bundled:
+        bundled(options.data, ("develop", "report") if options.bundled == "all" else (options.bundled,))
+        return
     for name, (spec, size, coarsest) in NETWORKS.items():
         responses = cached(options.cache, f"{size}.pickle", options.data, spec, size, coarsest)
         report(name, responses)
+
+
+def bundled(data: Path, halves: tuple[str, ...]) -> None:
+    """The embedded network's profile on real tissue, by half, and on noise."""
+    network = ws.load_network()
+    made = p.profile_of(network.card)
+    assert made is not None
+    split = json.loads((Path(__file__).parent / "recovery" / "split.json").read_text())["families"]["embedded"]["slides"]
+    for half in halves:
+        found = []
+        for name, image, mpp in real_images(data):
+            # Those that are not of the split were looked at while the profile was made.
+            belongs = next((h for h, names in split.items() if any(n.startswith(name) for n in names)), "develop")
+            for factor in (1.0, 1.5, 1 / 0.6) if half == belongs else ():
+                size = (round(image.width / factor), round(image.height / factor))
+                smaller = image if factor == 1 else image.resize(size, Image.Resampling.BOX)
+                truth = mpp * image.width / smaller.width
+                answer = p.register(made, looked_at(np.asarray(smaller), network))
+                off = np.nan if answer.mpp is None else float(np.log2(answer.mpp / truth))
+                held = answer.ci90 is not None and answer.ci90[0] <= truth <= answer.ci90[1]
+                found.append((off, held))
+                said = answer.refused.reason if answer.refused else f"{off:+.2f} octaves, {answer.method}"
+                print(f"  {name} at {truth:.3f} µm/px: {said}", flush=True)
+        off, held = np.array([f[0] for f in found]), np.array([f[1] for f in found])
+        known = np.isfinite(off)
+        row(f"{half}: {len(off)} images and copies", off[known])
+        print(f"  bias {off[known].mean():+.2f}; intervals cover {held[known].mean():.0%}; refused {np.sum(~known)}")
+    registered = [kind for kind, pixels in noises() if p.register(made, looked_at(pixels, network)).refused is None]
+    print(f"noise that was registered: {len(registered)} of {len(list(noises()))} ({', '.join(registered) or 'none'})")
+
+
+def looked_at(pixels: NDArray[np.uint8], network: ws.Network) -> ScaleResponse:
+    height, width = pixels.shape[:2]
+    top = int(4 * np.log2(min(16, 0.8 * min(height, width) / network.tile_size)))
+    scales = np.exp2(np.arange(top + 1) / 4)
+    half = network.tile_size * scales[-1] / 2
+    centers = np.random.default_rng(0).uniform(half, (height - half, width - half), size=(PLACES, 2))
+    stack = ws.scale_stack(ws.ArrayReader(pixels), centers, scales=scales, size=network.tile_size)
+    return ws.respond(network, stack, layers="stages", device="cpu")
+
+
+def real_images(data: Path) -> Iterator[tuple[str, Image.Image, float]]:
+    for path in sorted((data / "patches" / "monuseg" / "images").glob("*.png")):
+        yield path.stem[:12], Image.open(path).convert("RGB"), 0.5 if path.stem[:12] in TWENTY else 0.25
+    for name, reader in (("CMU-1-Small-Region.svs", "auto"), ("OS-1-detail.ome.tif", "tiffslide")):
+        with ws.open_slide(data / "slides" / name, reader=reader) as slide:
+            height, width = slide.pyramid.shape
+            yield name, Image.fromarray(slide.read(level=0, y=0, x=0, height=height, width=width)), slide.pyramid.mpp or np.nan
+
+
+def noises(side: int = 1200, each: int = 8) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """White, smooth, pink and hardly any noise around a colour, and tissue whose pixels are shuffled."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
+    frequency[0, 0] = np.inf
+    for seed in range(each):
+        rng = np.random.default_rng([seed, 17])
+        shape = (side, side, 3)
+        smooth = float(2 ** rng.uniform(0, 3))
+        spectrum = np.fft.fft2(rng.standard_normal(shape), axes=(0, 1)) / frequency[..., None]
+        made = {
+            "white": rng.standard_normal(shape),
+            "smooth": gaussian_filter(rng.standard_normal(shape), (smooth, smooth, 0)),
+            "pink": np.fft.ifft2(spectrum, axes=(0, 1)).real @ rng.normal(size=(3, 3)),
+        }
+        color = rng.uniform(120, 230, 3)
+        for kind, noise in made.items():
+            yield f"{kind} {seed}", np.clip(color + rng.uniform(10, 50) * noise / noise.std(), 0, 255).astype(np.uint8)
+        yield f"faint {seed}", np.clip(color + rng.normal(0, 1.5, shape), 0, 255).astype(np.uint8)
+        tissue = slide_image(side, side, 0.25, 81_000 + seed, stain=random_stain(seed)).reshape(-1, 3)
+        yield f"shuffled {seed}", tissue[rng.permutation(len(tissue))].reshape(shape)
 
 
 def report(name: str, responses: dict[str, ScaleResponse]) -> None:

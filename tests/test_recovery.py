@@ -33,7 +33,14 @@ def test_a_planted_optimum_is_recovered_at_twenty_scales_over_the_range() -> Non
         blob = 6.0
         slide = planted_slide(blob * scale, seed=seed, size=900)
         found = ws.estimate(
-            slide, planted_network(blob), scale_range=(1, 8), places=16, tile_size=96, detector=everywhere, seed=seed
+            slide,
+            planted_network(blob),
+            criterion="confidence",
+            scale_range=(1, 8),
+            places=16,
+            tile_size=96,
+            detector=everywhere,
+            seed=seed,
         )
         assert found.abstained is None, (scale, found.abstained)
         assert found.scale is not None
@@ -69,7 +76,7 @@ def test_shuffled_weights_on_noise_tiles_abstain(kind: str) -> None:
 
 def test_a_rescaled_copy_moves_the_answer_by_its_factor_and_a_wrong_tag_only_the_units() -> None:
     network = planted_network(6.0)
-    arguments = {"scale_range": (1, 8), "places": 16, "tile_size": 96, "detector": everywhere}
+    arguments = {"criterion": "confidence", "scale_range": (1, 8), "places": 16, "tile_size": 96, "detector": everywhere}
     fine, coarse = planted_slide(6 * 3.6, seed=0, size=900), planted_slide(6 * 2.0, seed=0, size=900)
     pixels = fine.read(level=0, y=0, x=0, height=900, width=900)
 

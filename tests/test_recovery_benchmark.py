@@ -21,7 +21,7 @@ from wsiscale.types import BatchNormStatistics, LayerMoments, ScaleResponse
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.recovery import cases, methods, real, run, tables, thesis
+from benchmarks.recovery import cases, methods, photos, real, run, stress, tables, thesis, tissue
 from benchmarks.recovery.cases import Case, MissingDataError, Oracle, Range, Setting
 
 GRID = scale_grid(0.5, 16, per_octave=4)
@@ -279,7 +279,7 @@ def test_a_split_once_written_stays(tmp_path: Path) -> None:
 def test_the_committed_split_is_the_one_that_its_rule_draws() -> None:
     committed = json.loads(cases.SPLIT_FILE.read_text())["families"]
 
-    assert committed == real.split() | thesis.split()
+    assert committed == real.split() | thesis.split() | photos.split() | stress.split() | tissue.split()
     for family in committed.values():
         assert not set(family["slides"]["develop"]) & set(family["slides"]["report"])
 

@@ -154,7 +154,7 @@ def over_ranges(whole: Case, ranges: tuple[Range, ...]) -> Iterator[Case]:
             range=cut.tag,
             upsampled=cut.upsampled,
             response=at_scales(whole.response, _inside(whole.response.scales, cut)),
-            oracle=_at_scales_of(whole.oracle, _inside(whole.oracle.scales, cut)),
+            oracle=cut_oracle(whole.oracle, _inside(whole.oracle.scales, cut)),
         )
 
 
@@ -214,7 +214,8 @@ def _inside(scales: NDArray[np.float64], cut: Range) -> NDArray[np.intp]:
     return np.flatnonzero((octaves >= np.log2(cut.lo) - _SLACK) & (octaves <= np.log2(cut.hi) + _SLACK))
 
 
-def _at_scales_of(oracle: Oracle, index: NDArray[np.intp]) -> Oracle:
+def cut_oracle(oracle: Oracle, index: NDArray[np.intp]) -> Oracle:
+    """The same at some of its scales."""
     return replace(oracle, **{name: value[index] for name, value in vars(oracle).items() if isinstance(value, np.ndarray)})
 
 

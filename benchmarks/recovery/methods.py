@@ -127,7 +127,7 @@ def _seen_by(rule: Criterion, response: ScaleResponse, views: tuple[str, ...]) -
     """What `estimate` would have asked the network for: neither layers nor views that the criterion does not look at."""
     if missing := sorted(set(rule.views) - set(response.views)):
         raise NotApplicableError(f"the network was not asked about {', '.join(missing)}")
-    if rule.layers == "batchnorm" and not response.batchnorm:
+    if rule.layers == "batchnorm" and rule.rows is None and not response.batchnorm:
         raise NotApplicableError("the network has no BatchNorm")
     wanted = {"none": (), "stages": response.stages, "batchnorm": tuple(response.batchnorm), "auto": tuple(response.layers)}
     layers = wanted[rule.layers]

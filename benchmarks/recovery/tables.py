@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -11,8 +11,12 @@ import numpy as np
 
 from benchmarks.recovery.cases import Case
 from benchmarks.recovery.methods import ABSTAINS, Answer
+from wsiscale.criteria import DEFAULT_CRITERION
 
 NEAR = 0.25  # octaves: what counts as found
+
+PUBLISHED = ("confidence", "penkin2022", "penkin2023", "bagamaev2022")
+KNOWING = ("training µm/px", "do nothing", "range centre (log)")
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,52 @@ def oracle_table(cases: Sequence[Case]) -> str:
             )
         )
     return markdown(titles, rows)
+
+
+Choose = Callable[[Sequence[Record]], str]
+
+
+def chosen_elsewhere(records: Sequence[Record], choose: Choose) -> dict[str, str]:
+    """For each family the method that `choose` takes when it is shown the records of all other families."""
+    families = dict.fromkeys(r.family for r in records)
+    return {family: choose([r for r in records if r.family != family]) for family in families if len(families) > 1}
+
+
+def best_criterion(records: Sequence[Record]) -> str:
+    """The criterion of the lowest mean regret, families weighing alike.
+
+    Of those alone whose own rule answers most cases of every family: who says nothing is not chosen for doing nothing.
+    """
+    families = {r.family for r in records}
+    asked = [s.removesuffix(ABSTAINS) for s in dict.fromkeys(r.method for r in records) if s.endswith(ABSTAINS)]
+    regrets = {}
+    for name in asked:
+        answered = [(r.family, r.scale is not None) for r in records if r.method == name]
+        shares = [[said for family, said in answered if family == f] for f in families]
+        if all(of_family and np.mean(of_family) > 0.5 for of_family in shares):
+            regrets[name] = float(np.mean([_family_regret(records, family, name) for family in families]))
+    return min(regrets, key=lambda name: regrets[name]) if regrets else DEFAULT_CRITERION
+
+
+def family_table(records: Sequence[Record], *, chosen: Mapping[str, str] | None = None) -> str:
+    """A row a family, a column a method, mean regret: who has no constants is judged on each family as on one left out.
+
+    `chosen` says of each family which criterion the others would have chosen for it (`chosen_elsewhere`).
+    """
+    columns = dict.fromkeys((DEFAULT_CRITERION, DEFAULT_CRITERION + ABSTAINS, *PUBLISHED, *KNOWING, "oracle"))
+    titles = ["family", "cases", *columns, *([] if chosen is None else ["chosen on the others", "which is"])]
+    rows = []
+    for family in dict.fromkeys(r.family for r in records):
+        shown = [_shown(_family_regret(records, family, name), "{:.3f}") for name in columns]
+        if chosen is not None:
+            which = chosen.get(family)
+            shown += [_shown(None if which is None else _family_regret(records, family, which), "{:.3f}"), which or "-"]
+        rows.append([family, str(len({r.case for r in records if r.family == family})), *shown])
+    return markdown(titles, rows)
+
+
+def _family_regret(records: Sequence[Record], family: str, method: str) -> float | None:
+    return _mean(r.fallback_regret for r in records if (r.family, r.method) == (family, method))
 
 
 def abstention_table(records: Sequence[Record]) -> str:

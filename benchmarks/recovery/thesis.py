@@ -18,12 +18,13 @@ import argparse
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ from torch import nn
 import wsiscale as ws
 from benchmarks.recovery.cases import Case, Half, Oracle, Range, Setting, drawn, half_of, joined, over_ranges
 from wsiscale.geometry import scale_grid
-from wsiscale.types import ScaleResponse
+from wsiscale.types import ScaleResponse, ScaleStack
 
 HERE = Path(__file__).parent
 NETS = HERE / "nets"
@@ -242,61 +243,73 @@ def split() -> dict[str, dict[str, dict[Half, list[str]]]]:
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """Each trained network on mixed and on single-class slides."""
-    for recipe in trained():
+    """Each trained network on the mixed slide and the single-class slides of its half."""
+    for recipe in sorted(trained(), key=lambda recipe: recipe.noise):  # networks of one noise look at the same tiles
         if setting.quick and recipe.seed > 0:
             continue
-        whole = [_whole(setting, recipe, label, SINGLE_PLACES, 0) for label in range(len(CLASSES))]
-        other = [_whole(setting, recipe, label, MIXED_PLACES, 1) for label in range(len(CLASSES))]
-        few = np.arange(MIXED_PLACES)
-        found = {"mixed-0": [r.take(few) for r in whole], "mixed-1": other}
-        found |= {f"class-{label:02d}": [r] for label, r in enumerate(whole)}
-        for slide, responses in found.items():
-            half = half_of(FAMILY, network=recipe.name, slide=slide)
-            if half is None:
-                continue
-            label = int(slide[-2:]) if slide.startswith("class") else None
-            right = _right(whole, other) if label is None else _right_of(whole[label], label)
+        found: dict[str, ScaleResponse] = {}
+        halves: dict[str, Half] = {}
+        for slide in slides():
+            if (half := half_of(FAMILY, network=recipe.name, slide=slide)) is not None:
+                found[slide], halves[slide] = _asked(setting, recipe, slide), half
+        right = {slide: _right(response, slide) for slide, response in found.items()}
+        for slide, response in found.items():
+            mixed = slide.startswith("mixed")
+            # The quality on a mixed slide from every tile that the network was asked about, places being few.
+            seen = np.concatenate(list(right.values())) if mixed else right[slide]
             case = Case(
                 name=f"{FAMILY}/{recipe.name}/{slide}",
                 family=FAMILY,
                 network=recipe.name,
                 slide=slide,
-                half=half,
-                response=joined(responses),
-                oracle=_oracle(whole[0].scales, right),
+                half=halves[slide],
+                response=response,
+                oracle=_oracle(response.scales, seen),
                 train_scale=recipe.scale,
                 range="whole",
                 upsampled=True,
-                tags=frozenset({"mixed" if label is None else "single-class"}),
+                tags=frozenset({"mixed" if mixed else "single-class"}),
             )
             yield from over_ranges(case, RANGES)
 
 
-def _whole(setting: Setting, recipe: Recipe, label: int, places: int, seed: int) -> ScaleResponse:
-    """The network's answers on one test canvas of a class, over all ranges."""
+def _asked(setting: Setting, recipe: Recipe, slide: str) -> ScaleResponse:
+    """The network's answers on a slide, over all ranges."""
 
     def ask() -> ScaleResponse:
-        drawn = canvas(label, seed=TEST_SEED + seed, size=TEST_SIZE, noise=recipe.noise)
-        slide = ws.ArrayReader(np.asarray(drawn))
-        middle = TEST_SIZE / 2
-        reach = middle - RANGES[-1].hi * TILE / 2
-        centers = middle + np.random.default_rng([seed, label]).uniform(-reach, reach, (places, 2))
-        scales = scale_grid(RANGES[0].lo, RANGES[-1].hi, per_octave=4)
-        stack = ws.scale_stack(slide, centers, scales=scales, size=TILE, max_upsample=1 / RANGES[0].lo)
         fed = ws.load_network(load(recipe), name=recipe.name, tile_size=TILE, value_range=255)
-        return ws.respond(fed, stack, views=VIEWS)
+        return joined([ws.respond(fed, _looked_at(recipe.noise, slide, label), views=VIEWS) for label in _classes(slide)])
 
-    return setting.cached_response(f"{FAMILY}/{recipe.name}/{label:02d}-{seed}", ask)
-
-
-def _right(*parts: list[ScaleResponse]) -> NDArray[np.bool_]:
-    return np.concatenate([_right_of(r, label) for part in parts for label, r in enumerate(part)])
+    key = f"{FAMILY}/{recipe.name}/{slide}"
+    setting.log(key)
+    return setting.cached_response(key, ask)
 
 
-def _right_of(response: ScaleResponse, label: int) -> NDArray[np.bool_]:
+def _classes(slide: str) -> Sequence[int]:
+    return range(len(CLASSES)) if slide.startswith("mixed") else [int(slide[-2:])]
+
+
+@lru_cache(maxsize=64)  # 11 MB for a mixed slide's class, 44 for a slide of one class
+def _looked_at(noise: int, slide: str, label: int) -> ScaleStack:
+    """The part of a slide that is of one class, read once for all networks."""
+    mixed = slide.startswith("mixed")
+    seed = TEST_SEED + (1 + int(slide[-1]) if mixed else 0)
+    reader = ws.ArrayReader(np.asarray(canvas(label, seed=seed, size=TEST_SIZE, noise=noise)))
+    reach = (TEST_SIZE - RANGES[-1].hi * TILE) / 2
+    count = MIXED_PLACES if mixed else SINGLE_PLACES
+    centers = TEST_SIZE / 2 + np.random.default_rng([seed, label]).uniform(-reach, reach, (count, 2))
+    scales = scale_grid(RANGES[0].lo, RANGES[-1].hi, per_octave=4)
+    stack = ws.scale_stack(reader, centers, scales=scales, size=TILE, max_upsample=1 / RANGES[0].lo)
+    images = stack.images.compute(scheduler="synchronous")
+    return replace(stack, images=da.from_array(images, chunks=(1, *images.shape[1:])))
+
+
+def _right(response: ScaleResponse, slide: str) -> NDArray[np.bool_]:
+    """(N, S) whether the network tells the class at each place."""
     assert response.outputs is not None
-    return response.outputs.logits.argmax(axis=2) == label  # (N, S)
+    classes = np.repeat(_classes(slide), MIXED_PLACES if slide.startswith("mixed") else SINGLE_PLACES)
+    right: NDArray[np.bool_] = response.outputs.logits.argmax(axis=2) == classes[:, None]
+    return right
 
 
 def _oracle(scales: NDArray[np.float64], right: NDArray[np.bool_]) -> Oracle:
@@ -310,18 +323,23 @@ def main() -> None:
     parser.add_argument("what", choices=("data", "train"))
     parser.add_argument("--cache", type=Path, required=True, help="folder for the patches, 600 MB a scale")
     parser.add_argument("--noise", type=int, nargs="*", default=[0, 50, 100])
+    parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     for noise in arguments.noise:
-        make_data(arguments.cache, noise=noise)
+        make_data(arguments.cache, noise=noise, workers=arguments.workers)
         if arguments.what == "data":
             continue
-        for recipe in RECIPES:
-            file = NETS / f"{recipe.name}.safetensors"
-            if recipe.noise == noise and not file.exists():
-                module = train(recipe, arguments.cache)
-                state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-                save_file(state, file.with_suffix(".partial"))
-                file.with_suffix(".partial").rename(file)
+        missing = [r for r in RECIPES if r.noise == noise and not (NETS / f"{r.name}.safetensors").exists()]
+        # Convolutions of four channels gain little from a second thread.
+        with ProcessPoolExecutor(arguments.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(partial(_train_and_save, cache=arguments.cache), missing))
+
+
+def _train_and_save(recipe: Recipe, cache: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in train(recipe, cache).state_dict().items()}
+    file = NETS / f"{recipe.name}.safetensors"
+    save_file(state, file.with_suffix(".partial"))
+    file.with_suffix(".partial").rename(file)
 
 
 if __name__ == "__main__":
