@@ -85,7 +85,7 @@ def test_the_answer_is_that_of_the_full_grid_at_less_than_a_quarter_of_its_forwa
 
     assert max(away) <= 0.1, np.round(away, 3)
     assert np.mean(cost) <= 0.15, np.round(cost, 3)
-    assert max(cost) <= 0.27, np.round(cost, 3)
+    assert max(cost) <= 0.35, np.round(cost, 3)
 
 
 def test_places_that_differ_more_get_more_of_them_until_the_interval_is_as_narrow_as_asked() -> None:

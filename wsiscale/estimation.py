@@ -551,11 +551,13 @@ def _judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | 
         pooled = rule.score(response)
         votes = _votes(response, rule, scores)
         draws, curves = _bootstrap(response, rule, scores, votes, pooled, rng)  # (B,) scales, (B, S)
+        of_places = draws
     else:
         scores = rows.sum(axis=0)
         pooled = scores.mean(axis=0)
         votes = np.array([peak(scales, row) for row in scores])
         draws, curves = _bootstrap_joined(rows, scales, rng)
+        of_places, _ = _bootstrap_joined(scores[None], scales, rng)
     band = np.percentile(curves, [5, 95], axis=0)
     found: dict[str, Any] = {"curve": ScaleCurve(scales=scales, score=pooled, lo=band[0], hi=band[1]), "votes": votes}
     best = _decide(response, rule, pooled)
@@ -587,11 +589,16 @@ def _judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | 
         return no("boundary_optimum", detail, **found)
     if (split := _modes(octaves)) is not None:
         return no("bimodal", _two(split, response.slide_mpp), **found)
-    sampled_lo, sampled_hi = np.percentile(octaves, [5, 95])
     finest, coarsest = _indistinct(scales, pooled, best, own_rule=rule.decide is not None)
     answer = float(np.log2(best))
-    sampled_lo, sampled_hi = min(sampled_lo, finest) - answer, max(sampled_hi, coarsest) - answer
-    lo, hi = -np.hypot(sampled_lo, rule.usual_error), np.hypot(sampled_hi, rule.usual_error)
+
+    def reach(drawn: NDArray[np.float64]) -> tuple[float, float]:
+        """The octaves down and up from the answer that hold 90 % of what was drawn, and all that is as good."""
+        low, high = np.percentile(np.log2(drawn[np.isfinite(drawn)]), [5, 95])
+        return float(min(low, finest)) - answer, float(max(high, coarsest)) - answer
+
+    lo, hi = reach(draws)
+    lo, hi = -np.hypot(lo, rule.usual_error), np.hypot(hi, rule.usual_error)
     # Nothing was asked beyond the ends.
     lo, hi = max(lo, np.log2(scales[0]) - answer), min(hi, np.log2(scales[-1]) - answer)
     if hi - lo > (JOINED_WIDEST_OCTAVES if joined else WIDEST_OCTAVES):
@@ -607,7 +614,8 @@ def _judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | 
         curve=found["curve"],
         votes=votes,
     )
-    return Judged(result, scores, flat, (float(sampled_lo), float(sampled_hi)))
+    # More places can narrow what they differ by, not what the criteria do.
+    return Judged(result, scores, flat, reach(of_places))
 
 
 def _abstain(
