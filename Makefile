@@ -5,6 +5,9 @@ BIN = $(VENV)/bin
 # Spinning OpenMP threads on shared cores cost up to 90x.
 export OMP_WAIT_POLICY = PASSIVE
 
+# Two processes, each file's tests in one of them, which share its fixtures.
+WORKERS = -n 2 --dist loadfile
+
 DEMO = demo
 SAMPLE = sample_slides/tissue_mpp0.25.svs
 
@@ -19,10 +22,10 @@ demo: $(VENV)/ready
 	@echo "the tissue at that magnification: $(DEMO)/tissue.ome.zarr"
 
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: $(VENV)/ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 check: $(VENV)/ready-test
 	$(BIN)/ruff check .
