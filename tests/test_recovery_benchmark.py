@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsiscale.criteria import CRITERIA, Criterion
+from wsiscale.criteria import CRITERIA, DEFAULT_CRITERION, Criterion
 from wsiscale.geometry import scale_grid
 from wsiscale.testing.responses import planted_response
 from wsiscale.types import BatchNormStatistics, LayerMoments, ScaleResponse
@@ -373,3 +373,21 @@ def labelled_tiles(data: Path) -> tuple[object, np.ndarray]:
     reader, pad = real._mirrored(image, 256, mpp=real.MONUSEG_MPP)
     stack = real.scale_stack(reader, pixels[some] + pad, scales=[1.0, 2.0, 8.0], size=32)
     return stack, nucleus[some]
+
+
+def test_the_default_is_held_against_others_on_the_cases_that_it_answers() -> None:
+    near, far = case_at(4.0), replace(case_at(4.0), name="planted/other", tags=frozenset({"mixed"}))
+    default = DEFAULT_CRITERION + methods.ABSTAINS
+    records = [
+        tables.judged(near, default, methods.Answer(4.0, ci90=(3, 5))),
+        tables.judged(far, default, methods.Answer(None, abstained="flat_curve")),
+        tables.judged(near, "confidence", methods.Answer(8.0)),
+        tables.judged(far, "confidence", methods.Answer(4.0)),
+    ]
+
+    by_kind, against = tables.kind_table(records).splitlines(), tables.same_cases_table(records).splitlines()
+
+    assert by_kind[2].startswith("| planted | 1 | 0% | 0.00")
+    assert by_kind[3].startswith("| planted mixed | 1 | 100% | - |")
+    assert len(against) == 3
+    assert against[2].startswith("| confidence | 1 | 0.000 | 0.200 | 0.0")

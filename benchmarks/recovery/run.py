@@ -29,6 +29,7 @@ from benchmarks.recovery import approaches, tables
 from benchmarks.recovery.cases import Case, Half, MissingDataError, Setting
 from benchmarks.recovery.methods import Method, NotApplicableError, methods
 from benchmarks.recovery.tables import Record
+from wsiscale.criteria import DEFAULT_CRITERION
 from wsiscale.errors import OptionError
 from wsiscale.plugins import load_object
 
@@ -135,6 +136,16 @@ coarse), share within 1/4 octave; the same to the training scale; share of 90 % 
 tiles through the network. `benchmark.csv` has all of it by family, range and tag too.
 """
 
+_BY_KIND = f"""
+`{DEFAULT_CRITERION}`, with abstention, kind by kind: what `wsiscale estimate` answers where the network has no profile and no
+training tiles, and what the answers are worth.
+"""
+
+_SAME_CASES = f"""
+`{DEFAULT_CRITERION}` against the published methods by their own rules, and against answers that need no network, on the cases
+that it answers:
+"""
+
 _BY_FAMILY = """
 Mean regret family by family, doing nothing where a criterion abstains. A criterion without constants that were tuned on a
 family is judged on it as on one left out. *chosen on the others*: on the development half, the criterion of the lowest mean
@@ -194,6 +205,7 @@ def write_report(
         text.append(f"\n## {'Reported' if half == 'report' else 'Development'} half, all families\n")
         text.append(tables.table(tables.by_method(of_half)))
         text.append(f"\n![Mean regret of each method](figures/benchmark_{half}.png)")
+        text += [_BY_KIND, tables.kind_table(of_half), _SAME_CASES, tables.same_cases_table(of_half)]
         if len(names) > 1:
             # Chosen where methods are developed, whichever half is shown.
             developed = [r for r in records if r.half == "develop"]

@@ -239,6 +239,37 @@ def family_table(records: Sequence[Record], *, chosen: Mapping[str, str] | None 
     return markdown(titles, rows)
 
 
+def kind_table(records: Sequence[Record]) -> str:
+    """The default, with abstention, a row a kind of case: what it answers, and what its answers are worth."""
+    mine = [r for r in records if r.method == DEFAULT_CRITERION + ABSTAINS]
+    titles = ("kind", "cases", "abstains", "regret", "error, mean", "median", "≤ 1/4", "to training", "≤ 1/4", "covers best")
+    rows = []
+    for kind in dict.fromkeys((r.family, r.tags) for r in mine):
+        s = summarised([r for r in mine if (r.family, r.tags) == kind])
+        shown = [(s.abstained, "{:.0%}"), (s.regret, "{:.3f}"), (s.error_mean, "{:.2f}"), (s.error_median, "{:.2f}")]
+        shown += [(s.near, "{:.0%}"), (s.train_mean, "{:.2f}"), (s.train_near, "{:.0%}"), (s.covered, "{:.0%}")]
+        rows.append([" ".join(part for part in kind if part), str(s.cases), *(_shown(value, form) for value, form in shown)])
+    return markdown(titles, rows)
+
+
+def same_cases_table(records: Sequence[Record]) -> str:
+    """The default against each published method's own rule, on the cases that it answers and the method can be asked."""
+    answered = {r.case: r for r in records if r.method == DEFAULT_CRITERION + ABSTAINS and r.scale is not None}
+    rows = []
+    for method in (*PUBLISHED, *KNOWING):
+        theirs = [r for r in records if r.method == method and r.scale is not None and r.case in answered]
+        if not theirs:
+            continue
+        ours = [answered[r.case] for r in theirs]
+        cells = [_mean(r.regret for r in ours), _mean(r.regret for r in theirs)]
+        errors = [_mean(abs(r.error) for r in part if r.error is not None) for part in (ours, theirs)]
+        to_train = [_mean(abs(r.error_train) for r in part if r.error_train is not None) for part in (ours, theirs)]
+        numbers = [*(_shown(c, "{:.3f}") for c in cells), *(_shown(e, "{:.2f}") for e in (*errors, *to_train))]
+        rows.append([method, str(len(theirs)), *numbers])
+    titles = ["method", "cases", "regret, ours", "theirs", "error, ours", "theirs", "to training, ours", "theirs"]
+    return markdown(titles, rows)
+
+
 def _family_regret(records: Sequence[Record], family: str, method: str) -> float | None:
     return _mean(r.fallback_regret for r in records if (r.family, r.method) == (family, method))
 
