@@ -716,6 +716,22 @@ def test_answers_that_differ_only_where_the_network_is_lost_do_not_identify_a_sc
     assert not mutual_information.dispersed(seen, 3.0)
 
 
+def test_answers_that_a_small_change_of_scale_changes_are_chance() -> None:
+    response = planted_response(3.0, seed=2, scales=SCALES, everything=True)
+    assert response.outputs is not None
+    rng = np.random.default_rng(0)
+    told = np.sort(response.outputs.probabilities, axis=2)
+    drawn = rng.permuted(told, axis=2)  # as sure at each scale, of any class
+    lost = replace(response, outputs=replace(response.outputs, probabilities=drawn), batchnorm={}, layers={})
+
+    found = estimate_response(lost, "consensus")
+
+    assert mutual_information.kept(response, 3.0) > 0.95
+    assert mutual_information.kept(lost, 3.0) < 0.6
+    assert found.abstained is not None
+    assert found.abstained.reason == "unsettled"
+
+
 def test_mutual_information_of_a_segmenter_is_that_of_its_pixels() -> None:
     # Every tile half nucleus: places tell nothing of the class, pixels all of it.
     half = np.full((6, 3, 2), 0.5, np.float32)

@@ -62,6 +62,15 @@ def dispersed(response: ScaleResponse, scale: float) -> bool:
     return _carries(score(response)[[nearest]], response)
 
 
+def kept(response: ScaleResponse, scale: float) -> float:
+    """Share of the places that keep their class a quarter of an octave on, to either side of the scale nearest to `scale`."""
+    octaves = np.log2(response.scales)
+    here = int(np.abs(octaves - np.log2(scale)).argmin())
+    classes = outputs_of(response, "mutual_information").probabilities.argmax(axis=2)  # (N, S)
+    near = {int(np.abs(octaves - octaves[here] - step).argmin()) for step in (-0.25, 0.25)} - {here}
+    return float(np.mean([classes[:, here] == classes[:, other] for other in near])) if near else 1.0
+
+
 def of_pixels(response: ScaleResponse) -> bool:
     """Whether the answers are means over pixels that differ: a segmenter's."""
     outputs = outputs_of(response, "mutual_information")
