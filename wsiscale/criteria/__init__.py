@@ -136,7 +136,10 @@ CRITERIA: dict[str, Criterion] = {
             pointwise=True,
         ),
         Criterion("object_size", object_size.score, shares=object_size.shares, source=object_size.SOURCE),
-        Criterion("reference", reference.score, shares=reference.shares, layers="auto", source=reference.SOURCE),
+        # Nine of ten answers of the development half of benchmarks/calibration.py are within 0.17 of the training scale.
+        Criterion(
+            "reference", reference.score, shares=reference.shares, layers="auto", source=reference.SOURCE, usual_error=0.2
+        ),
         Criterion("pixel_entropy", pixel_entropy.score, source=pixel_entropy.SOURCE, pointwise=True),
         Criterion(
             "effective_rank", effective_rank.score, shares=effective_rank.shares, source=effective_rank.SOURCE, pointwise=True
