@@ -304,22 +304,29 @@ def write_csv(path: Path, rows: Sequence[tuple[dict[str, str], Record | Summary]
 
 
 def regret_figure(path: Path, summaries: Sequence[tuple[str, Sequence[Summary]]]) -> None:
-    """Mean regret of each method, a bar a family; abstentions answered by doing nothing, so that none gains by silence."""
+    """Mean regret of each method's own rule, a dot a family, a bar for the mean over families; the default's first."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(s.method for _, group in summaries for s in group))
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.13 * len(names) * (1 + len(summaries))), layout="constrained")
-    for i, (family, group) in enumerate(summaries):
-        regrets = {s.method: s.regret_fallback for s in group}
-        at = [(y + (i - (len(summaries) - 1) / 2) * 0.8 / len(summaries), regrets.get(n)) for y, n in enumerate(names)]
-        there = [(y, regret) for y, regret in at if regret is not None]
-        axes.barh([y for y, _ in there], [r for _, r in there], height=0.8 / len(summaries), label=family)
+    regrets = {family: {s.method: s.regret for s in group} for family, group in summaries}
+    shown = [name for name in dict.fromkeys(s.method for _, group in summaries for s in group) if not name.endswith(ABSTAINS)]
+    means = {name: _mean(of_family.get(name) for of_family in regrets.values()) for name in shown}
+    # What cannot be asked of most families would be compared on others than the rest.
+    asked = {name: len(_known(of_family.get(name) for of_family in regrets.values())) for name in shown}
+    ordered = [(m, name) for name in shown if (m := means[name]) is not None and asked[name] > len(regrets) / 2]
+    names = [name for _, name in sorted(ordered)]
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.26 * len(names)), layout="constrained")
+    ours = [name == DEFAULT_CRITERION for name in names]
+    colours = ["0.45" if default else "0.85" for default in ours]
+    axes.barh(range(len(names)), [means[name] or 0.0 for name in names], height=0.7, color=colours, label="mean over families")
+    for family, of_family in regrets.items():
+        there = [(y, r) for y, name in enumerate(names) if (r := of_family.get(name)) is not None]
+        axes.plot([r for _, r in there], [y for y, _ in there], "o", markersize=5, alpha=0.8, label=family)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("mean regret; doing nothing where it abstains")
+    axes.set_xlabel("mean regret of rules that always answer")
     axes.legend(frameon=False, loc="lower right")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
