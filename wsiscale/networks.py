@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import logging
 import math
 import os
@@ -33,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wsiscale.card import read_card
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.objects import objects_of
 from wsiscale.plugins import load_object
@@ -355,13 +355,8 @@ def _from_factory(spec: str, weights: Path | None, trust: bool) -> tuple[nn.Modu
 
 
 def _from_card(path: Path, weights: Path | None, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"the card {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"the card {path} is not JSON: {error}") from error
-    if not isinstance(card, dict) or not isinstance(card.get("factory"), str):
+    card = read_card(path)
+    if not isinstance(card.get("factory"), str):
         raise ModelError(f"the card {path} needs the field factory; give torchvision:NAME, file.py:factory or the like")
     factory = card.pop("factory")
     own = card.pop("weights", None)

@@ -7,10 +7,7 @@ reference slides, tell the slide's true µm/px whatever its tag says. Pure numpy
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -21,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from wsiscale.card import packed, read_card, unpacked, update_card
 from wsiscale.criteria import DEFAULT_CRITERION, Criterion, find_criterion, peak
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.responses import merge_responses
@@ -350,10 +348,8 @@ _ARRAYS = (*_HALF, "score_octaves", "score", "errors", "likeness", "center", "ba
 
 def to_record(profile: Profile) -> dict[str, Any]:
     """The profile as JSON: numbers in the open where people read them, the curves in half precision as npz in base64."""
-    packed = io.BytesIO()
     arrays = {name: getattr(profile, name) for name in _ARRAYS}
     arrays |= {name: arrays[name].astype(np.float16) for name in _HALF}
-    np.savez_compressed(packed, **arrays)
     return {
         "version": VERSION,
         "optimum": profile.optimum,
@@ -366,7 +362,7 @@ def to_record(profile: Profile) -> dict[str, Any]:
         "offset": profile.offset,
         "layers": [list(layer) for layer in profile.layers],
         "notes": list(profile.notes),
-        "arrays": base64.b64encode(packed.getvalue()).decode("ascii"),
+        "arrays": packed(arrays),
     }
 
 
@@ -375,8 +371,7 @@ def from_record(record: Mapping[str, Any]) -> Profile:
     if record.get("version") != VERSION:
         raise ModelError(f"the profile is of version {record.get('version')!r}, this wsiscale reads {VERSION}; make it again")
     try:
-        with np.load(io.BytesIO(base64.b64decode(record["arrays"], validate=True)), allow_pickle=False) as packed:
-            arrays = {name: packed[name] for name in _ARRAYS}
+        arrays = unpacked(record["arrays"], _ARRAYS)
         ci90 = record["ci90"]
         profile = Profile(
             optimum=record["optimum"],
@@ -390,7 +385,7 @@ def from_record(record: Mapping[str, Any]) -> Profile:
             offset=float(record.get("offset", 0.0)),
             **(arrays | {name: arrays[name].astype(np.float32) for name in _HALF}),
         )
-    except (LookupError, ValueError, TypeError, OSError, EOFError) as error:
+    except (LookupError, ValueError, TypeError) as error:
         raise ModelError(f"the profile is damaged ({type(error).__name__}: {error}); make it again") from error
     steps, components = len(profile.octaves), profile.basis.shape[-1]
     fits = (
@@ -415,7 +410,7 @@ def profile_of(card: Mapping[str, Any]) -> Profile | None:
 
 def load_profile(card: str | Path) -> Profile:
     """The profile in a card's file. Raises ModelError where there is none."""
-    found = profile_of(_fields(Path(card)))
+    found = profile_of(read_card(card))
     if found is None:
         raise ModelError(f"{card} holds no profile; make one with wsiscale profile SLIDES... -o {card}")
     return found
@@ -423,24 +418,7 @@ def load_profile(card: str | Path) -> Profile:
 
 def save_profile(profile: Profile, card: str | Path, *, fields: Mapping[str, Any] | None = None) -> None:
     """Puts the profile into a card's file, in place of one that is there; the card's other fields stay, or become `fields`."""
-    path = Path(card)
-    known = dict(fields) if fields is not None else _fields(path) if path.exists() else {}
-    text = json.dumps(known | {"profile": to_record(profile)}, indent=2, ensure_ascii=False) + "\n"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _fields(card: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(card.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"the card {card} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{card} is not a model card, but {error}") from error
-    if not isinstance(known, dict):
-        raise ModelError(f"{card} is not a model card: it holds no object")
-    return known
+    update_card(card, {"profile": to_record(profile)}, fields=fields)
 
 
 def profile_digest(profile: Profile) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wsiscale.card import read_card
 from wsiscale.criteria import Criterion, default_criterion, find_criterion
 from wsiscale.errors import MppError, NoTissueError, OptionError, ScaleError, SlideError
 from wsiscale.estimation import PER_OCTAVE, PLACES, check_range, fingerprint, range_on
@@ -243,7 +244,7 @@ def card_fields(network: Network, model: str | None, weights: str | os.PathLike[
     beside = Path.cwd()  # what relative paths in `fields` start from
     if model is None or model.endswith(".json"):
         own = DEFAULT_CARD if model is None else Path(model)
-        fields = {name: value for name, value in json.loads(own.read_text(encoding="utf-8")).items() if name != "profile"}
+        fields = {name: value for name, value in read_card(own).items() if name != "profile"}
         beside = own.absolute().parent
         if model is None:
             del fields["weights"]  # the embedded network brings its own, wherever it is installed
