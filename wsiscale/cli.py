@@ -406,11 +406,7 @@ def profile(
     from wsiscale.profile import save_profile
     from wsiscale.reference_slides import card_fields, profile_slides
 
-    if not output.absolute().parent.is_dir():
-        raise OptionError(f"{output.parent} is not a folder; make it first")
-    own = model is not None and output.exists() and Path(model).exists() and output.samefile(model)
-    if output.exists() and not own and not overwrite:
-        raise OptionError(f"{output} is there already; give --overwrite, another -o, or --model {output} to renew its profile")
+    _check_card(output, model, overwrite=overwrite, renewed="profile")
     network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
     with _progress("slides") as progress:
         done = 0
@@ -477,13 +473,7 @@ def calibrate(
 
     if tile_mpp is not None and not tile_mpp > 0:
         raise OptionError(f"--tile-mpp is µm/px, above 0, not {tile_mpp:g}")
-    if not output.absolute().parent.is_dir():
-        raise OptionError(f"{output.parent} is not a folder; make it first")
-    own = model is not None and output.exists() and Path(model).exists() and output.samefile(model)
-    if output.exists() and not own and not overwrite:
-        raise OptionError(
-            f"{output} is there already; give --overwrite, another -o, or --model {output} to renew its reference"
-        )
+    _check_card(output, model, overwrite=overwrite, renewed="reference")
     files = find_images(tiles)
     network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
     mpp = network.training_mpp if tile_mpp is None else tile_mpp
@@ -516,6 +506,17 @@ def calibrate(
     print(f"{output}: reference of {made.tiles} tiles of {made.images} images{at}")
     errors = f"{made.distance_error:.2g} octave by their distance, by {made.ridge_error:.2g} by the ridge"
     print(f"  left-out images are off by {errors}")
+
+
+def _check_card(output: Path, model: str | None, *, overwrite: bool, renewed: str) -> None:
+    """Raises OptionError where a card may not be written: no folder, or another card that is not the model's own."""
+    if not output.absolute().parent.is_dir():
+        raise OptionError(f"{output.parent} is not a folder; make it first")
+    own = model is not None and output.exists() and Path(model).exists() and output.samefile(model)
+    if output.exists() and not own and not overwrite:
+        raise OptionError(
+            f"{output} is there already; give --overwrite, another -o, or --model {output} to renew its {renewed}"
+        )
 
 
 @app.command()
