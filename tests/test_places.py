@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsiscale.errors import MppError, NoTissueError, OptionError
-from wsiscale.places import sample_places, tile_grid
+from wsiscale.places import default_places, sample_places, tile_grid
 from wsiscale.types import Tissue
 
 
@@ -114,3 +114,8 @@ def test_places_keep_their_field_inside_the_slide_where_they_can() -> None:
     assert (places >= 145).all()
     assert (places <= np.array([600, 1000]) - 145).all()
     assert len(sample_places(everywhere, 50, seed=3, field=5000)) == 50  # nowhere fits: then anywhere
+
+
+@pytest.mark.parametrize(("tile_size", "count"), [(512, 64), (224, 64), (128, 64), (96, 85), (64, 128), (32, 256), (8, 256)])
+def test_smaller_tiles_take_more_places(tile_size: int, count: int) -> None:
+    assert default_places(tile_size) == count

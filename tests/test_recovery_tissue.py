@@ -134,7 +134,7 @@ def test_a_network_of_regions_makes_cases_of_its_half(tmp_path: Path, monkeypatc
     recipe = Recipe("regions-plain", 2.0, "develop")
     assert tissue.weights_file(recipe, Setting(cache=tmp_path)).exists()  # or it would be trained here
     monkeypatch.setattr(tissue, "region_slides", lambda half: [f"regions-nests-{half}"])
-    monkeypatch.setattr(tissue, "PLACES", 4)
+    monkeypatch.setattr(tissue, "_region_places", lambda slide: 4)
     monkeypatch.setattr(tissue, "SLIDE", 1600)
 
     made = list(tissue._of_regions(recipe, Setting(cache=tmp_path, log=lambda line: None)))

@@ -97,7 +97,9 @@ Criterion = Annotated[
 MppRange = Annotated[str | None, typer.Option(help="look between these µm/px (none: 0.125:4)", metavar="LO:HI")]
 ScaleRange = Annotated[str | None, typer.Option(help="look between these level-0 px per px", metavar="LO:HI")]
 TileSize = Annotated[int | None, typer.Option(help="px the network takes (none: the model's own)")]
-Places = Annotated[int, typer.Option(help="places on tissue to look at")]
+Places = Annotated[
+    int | None, typer.Option(help="places on tissue to look at, at most (none: 64, more where tiles are below 128 px)")
+]
 MaxUpsample = Annotated[float, typer.Option(help="how much finer than level 0 is allowed; 1: not at all")]
 Precision = Annotated[
     float,
@@ -186,7 +188,7 @@ def estimate(
     mpp_range: MppRange = None,
     scale_range: ScaleRange = None,
     tile_size: TileSize = None,
-    places: Places = 64,
+    places: Places = None,
     slide_mpp: SlideMpp = None,
     mpp_csv: MppCsv = None,
     max_upsample: MaxUpsample = 1.0,
@@ -246,7 +248,7 @@ def stack(
     mpp: Annotated[str | None, typer.Option(help="µm/px, from fine to coarse: 0.25,0.5,1")] = None,
     scale: Annotated[str | None, typer.Option(help="instead of --mpp: level-0 px per px, 1,2,4")] = None,
     tile_size: Annotated[int, typer.Option(help="px of a tile, at every scale")] = 224,
-    places: Places = 64,
+    places: Annotated[int, typer.Option(help="places on tissue")] = 64,
     slide_mpp: SlideMpp = None,
     mpp_csv: MppCsv = None,
     max_upsample: MaxUpsample = 1.0,
@@ -295,7 +297,7 @@ def tile(
     criterion: Criterion = None,
     mpp_range: MppRange = None,
     scale_range: ScaleRange = None,
-    places: Places = 64,
+    places: Places = None,
     slide_mpp: SlideMpp = None,
     mpp_csv: MppCsv = None,
     detector: TissueSpec = None,
@@ -387,7 +389,7 @@ def profile(
     criterion: Criterion = None,
     mpp_range: MppRange = None,
     tile_size: TileSize = None,
-    places: Places = 64,
+    places: Places = None,
     max_upsample: MaxUpsample = 1.0,
     detector: TissueSpec = None,
     reader: ReaderName = "auto",

@@ -26,7 +26,7 @@ from wsiscale.criteria import (
 from wsiscale.criteria.mutual_information import dispersed, kept, of_pixels
 from wsiscale.errors import ModelError, NoTissueError, OptionError, ScaleError, StoreError
 from wsiscale.geometry import level_for, mpp_error, scale_grid
-from wsiscale.places import sample_places
+from wsiscale.places import default_places, sample_places
 from wsiscale.profile import (
     MIN_OVERLAP,
     STEP,
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 
 MPP_RANGE = (0.125, 4.0)  # from finer than any scanner to the gland
 SCALE_RANGE = (1.0, 16.0)  # where the slide's µm/px is unknown: four octaves from level 0
-PLACES = 64
 PER_OCTAVE = 8
 PRECISION = 0.1  # octaves
 
@@ -95,8 +94,6 @@ SETTLED = 0.8
 WIDEST_OCTAVES = 2.0
 # That of joined criteria holds their disagreement too.
 JOINED_WIDEST_OCTAVES = 3.0
-# Share of the resampled answers at an end of the range from which on the 90 % interval ends there, and may not end at all.
-REACHED = 0.05
 # A range that begins here or finer has all that the slide has.
 FINEST = 1.01
 # Networks do work best an octave away from where they were trained; further, one of the two µm/px is wrong.
@@ -110,7 +107,7 @@ def estimate(
     mpp_range: tuple[float, float] | None = None,
     scale_range: tuple[float, float] | None = None,
     criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] | None = None,
-    places: int = PLACES,
+    places: int | None = None,
     tile_size: int | None = None,
     max_upsample: float = 1.0,
     per_octave: int = PER_OCTAVE,
@@ -133,9 +130,10 @@ def estimate(
     µm/px (`mpp_range`) or relative to level 0 (`scale_range`); a slide without µm/px is worked in relative scale. The range is
     clipped to what the slide holds, which `notes` says.
 
-    The search is coarse to fine, and stops adding places once the 90 % interval is within `precision` octaves on either side
-    of the answer; with None every one of `places` is looked at at every scale. `keep` writes what the network answered to
-    a folder; `reuse` reads it back and asks the network nothing. With `overwrite` `keep` replaces an older one.
+    Without `places` it is `default_places` of the tile size, at most. The search is coarse to fine, and stops adding places
+    once the 90 % interval is within `precision` octaves on either side of the answer; with None every one of `places` is
+    looked at at every scale. `keep` writes what the network answered to a folder; `reuse` reads it back and asks the network
+    nothing. With `overwrite` `keep` replaces an older one.
 
     `profile` is the network's memory of other slides (docs/profiles.md): a Profile, a card that holds one, None for none, or
     "auto", the one in the network's own card if it is of this network, tile size and criterion. The slide is registered to it,
@@ -160,6 +158,7 @@ def estimate(
     loaded = load_network(network, tile_size=tile_size)
     rule = find_criterion(default_criterion(loaded.card) if criterion is None else criterion)
     size = loaded.tile_size
+    places = default_places(size) if places is None else places
     check_range(mpp_range, scale_range, max_upsample=max_upsample)
     known, said = _profile_for(loaded, profile, rule, scale_range)
     saved = None
@@ -587,7 +586,7 @@ def _judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | 
     if not joined:
         end = _end_reached(scales, scores, best, own_rule=rule.decide is not None)
     else:
-        end = _joined_end_reached(scales, best, octaves)
+        end = _joined_end_reached(scales, best)
     if end is not None:
         detail = f"the {end} end of the range is about as good as anything in it; the optimum may lie beyond"
         return no("boundary_optimum", detail, **found)
@@ -802,20 +801,17 @@ def _end_reached(scales: NDArray[np.float64], scores: NDArray[np.float64], best:
     return None
 
 
-def _joined_end_reached(scales: NDArray[np.float64], best: float, octaves: NDArray[np.float64]) -> str | None:
-    """The same of several criteria joined, by whether the interval of their resampled answers (B,) ends where the range does.
+def _joined_end_reached(scales: NDArray[np.float64], best: float) -> str | None:
+    """The same of several criteria joined: whether `best` is that end. An interval may well end there.
 
     The finest end, smooth and surely classified by colour, is where single scores peak without a cause. Joined ones hold a null
     against it, and where the range begins at level 0 or finer it is an answer: that is all there is of the slide.
     """
-    at = np.log2(scales)
-    ends = [("coarsest", -1, at[-1] - at[-2])]
-    if scales[0] > FINEST:
-        ends.append(("finest", 0, at[1] - at[0]))
-    for name, end, step in ends:
-        reached = np.abs(octaves - at[end]) < step / 2
-        if abs(np.log2(best) - at[end]) < step / 2 or reached.mean() > REACHED:
-            return name
+    octaves = np.log2(scales)
+    if np.log2(best) > octaves[-1] - (octaves[-1] - octaves[-2]) / 2:
+        return "coarsest"
+    if scales[0] > FINEST and np.log2(best) < octaves[0] + (octaves[1] - octaves[0]) / 2:
+        return "finest"
     return None
 
 

@@ -74,6 +74,17 @@ def _between(table: NDArray[np.float64], at: NDArray[np.float64], *, axis: int) 
     return found
 
 
+MANY_PLACES = 256
+
+
+def default_places(tile_size: int) -> int:
+    """How many places a network is asked about unless told: 64 where tiles have 128 px or more.
+
+    Smaller tiles show less each and cost less, and take more in proportion to their side, up to `MANY_PLACES`.
+    """
+    return min(MANY_PLACES, max(64, 64 * 128 // tile_size))
+
+
 # Random candidates that compete for each place (Mitchell 1991, "best candidate"): enough to spread, few enough to stay random.
 _CANDIDATES = 16
 

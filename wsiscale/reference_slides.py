@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from wsiscale.card import read_card
 from wsiscale.criteria import Criterion, default_criterion, find_criterion
 from wsiscale.errors import MppError, NoTissueError, OptionError, ScaleError, SlideError
-from wsiscale.estimation import PER_OCTAVE, PLACES, check_range, fingerprint, range_on
+from wsiscale.estimation import PER_OCTAVE, check_range, fingerprint, range_on
 from wsiscale.geometry import level_for, scale_grid
-from wsiscale.places import sample_places
+from wsiscale.places import default_places, sample_places
 from wsiscale.profile import Profile, lacks, make_profile, usual_error
 from wsiscale.readers import open_slide
 from wsiscale.responses import SavedResponse
@@ -89,7 +89,7 @@ def profile_slides(
     *,
     criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]] | None = None,
     mpp_range: tuple[float, float] | None = None,
-    places: int = PLACES,
+    places: int | None = None,
     tile_size: int | None = None,
     max_upsample: float = 1.0,
     detector: TissueDetector | str | None = None,
@@ -129,7 +129,7 @@ def profile_slides(
                     rule,
                     digest=digest,
                     mpp_range=mpp_range,
-                    places=places,
+                    places=default_places(loaded.tile_size) if places is None else places,
                     max_upsample=max_upsample,
                     detector=detector,
                     device=device,

@@ -34,6 +34,7 @@ from torch import nn
 from benchmarks.recovery.cases import Case, Half, MissingDataError, Oracle, Range, Setting, drawn, half_of, joined, over_ranges
 from wsiscale.geometry import View
 from wsiscale.networks import Network, load_network, respond
+from wsiscale.places import default_places
 from wsiscale.plugins import load_object
 from wsiscale.readers.array import ArrayReader
 from wsiscale.stacks import scale_stack
@@ -44,7 +45,6 @@ ROOT = Path(__file__).parents[2]
 
 VIEWS = ("rot90", "phase_scrambled", "pixel_shuffled")  # each costs as many forward passes again
 PER_OCTAVE = 4
-PLACES = 64  # of a MoNuSeg image, as `estimate` looks at
 RESAMPLES = 200  # of an oracle's bootstrap
 
 MONUSEG_MPP = 0.25
@@ -103,7 +103,7 @@ def nuclei32(setting: Setting) -> Iterator[Case]:
         @lru_cache(maxsize=1)
         def looked_at(slide: str = slide) -> ScaleStack:
             image, _ = _monuseg(data, slide)
-            return _computed(_stack(image, _inner_places(image, PLACES, slide), NUCLEI32_RANGES, size=32))
+            return _computed(_stack(image, _inner_places(image, default_places(32), slide), NUCLEI32_RANGES, size=32))
 
         @lru_cache(maxsize=1)
         def labelled(slide: str = slide) -> tuple[ScaleStack, NDArray[np.bool_]]:
@@ -187,7 +187,10 @@ def embedded(setting: Setting) -> Iterator[Case]:
 
         def ask(slide: str = slide) -> ScaleResponse:
             image, _ = _monuseg(data, slide)
-            return _ask(network, _stack(image, _inner_places(image, PLACES, slide), EMBEDDED_RANGES, size=EMBEDDED_TILE))
+            return _ask(
+                network,
+                _stack(image, _inner_places(image, default_places(EMBEDDED_TILE), slide), EMBEDDED_RANGES, size=EMBEDDED_TILE),
+            )
 
         key = f"embedded/{EMBEDDED}/{slide}"
         setting.log(key)

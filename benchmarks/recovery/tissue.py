@@ -63,6 +63,7 @@ from benchmarks.recovery.real import (
 )
 from wsiscale.geometry import View
 from wsiscale.networks import Network, load_network, respond
+from wsiscale.places import default_places
 from wsiscale.readers.array import ArrayReader
 from wsiscale.stacks import scale_stack
 from wsiscale.testing.procedural import Pigments, colour, random_stain
@@ -441,7 +442,6 @@ def trained(recipe: Recipe, setting: Setting) -> nn.Module:
 # --- cases ---------------------------------------------------------------------------------------------------------------
 
 VIEWS = ("rot90", "phase_scrambled", "pixel_shuffled")
-PLACES = 32  # a slide's; on a mixed one a quarter of them for each kind of region
 PIXELS = 200  # of each kind, nucleus and not, for the AUC
 CROP = 625  # px, the middle of an image, where the Dice is measured: a U-Net at 1/4 of level 0 sees 16 times as many
 SLIDE = 3072  # px, a slide of regions: holds tiles at the coarsest scale, 1536, with their centres in its middle half
@@ -490,11 +490,16 @@ def _kinds(slide: str) -> tuple[str, ...]:
     return (kind,) if kind in REGIONS else REGIONS
 
 
-@lru_cache(maxsize=24)  # a slide of one kind is 15 MB
+def _region_places(slide: str) -> int:
+    """Of each kind of region."""
+    return default_places(TILE["regions-bn"]) // len(_kinds(slide))
+
+
+@lru_cache(maxsize=12)  # a slide of one kind is 40 MB
 def _region_stack(slide: str, kind: str, train_scale: float) -> ScaleStack:
     """The part of a slide that is of one kind of region, read once for both networks."""
     image = _region_part(slide, kind)
-    count = PLACES // len(_kinds(slide))
+    count = _region_places(slide)
     places = _rng(slide, kind).uniform(SLIDE / 4, SLIDE * 3 / 4, (count, 2))
     scales = _grid(ranges(train_scale))
     size = TILE["regions-bn"]
@@ -518,7 +523,7 @@ def _right(response: ScaleResponse, slide: str) -> NDArray[np.bool_]:
     """(N, S) whether the network tells the kind of region at each place."""
     assert response.outputs is not None
     kinds = _kinds(slide)
-    truth = np.repeat([REGIONS.index(kind) for kind in kinds], PLACES // len(kinds))
+    truth = np.repeat([REGIONS.index(kind) for kind in kinds], _region_places(slide))
     right: NDArray[np.bool_] = response.outputs.logits.argmax(axis=2) == truth[:, None]
     return right
 
@@ -550,10 +555,10 @@ def _of_nuclei(recipe: Recipe, setting: Setting) -> Iterator[Case]:
         yield from _cut(recipe, slide, response, oracle, tags={"nuclei"})
 
 
-@lru_cache(maxsize=8)  # the slides of one half, for a network and its twin; 2 MB each, for a U-Net 15
+@lru_cache(maxsize=8)  # the slides of one half, for a network and its twin; 16 MB each, for a U-Net 40
 def _nuclei_stack(data: Path, slide: str, train_scale: float, size: int) -> ScaleStack:
     image, _ = _monuseg(data, slide)
-    return _computed(_stack(image, _inner_places(image, PLACES, slide), ranges(train_scale), size=size))
+    return _computed(_stack(image, _inner_places(image, default_places(size), slide), ranges(train_scale), size=size))
 
 
 @lru_cache(maxsize=8)  # 21 MB each
