@@ -16,8 +16,8 @@ import pytest
 
 import wsiscale as ws
 from wsiscale.criteria import DEFAULT_CRITERION, find_criterion, peak
-from wsiscale.estimation import estimate_response
 from wsiscale.geometry import scale_grid
+from wsiscale.judging import estimate_response
 from wsiscale.testing.procedural import random_stain, slide_image
 from wsiscale.types import ScaleResponse
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from wsiscale.criteria import CRITERIA, peak
-from wsiscale.estimation import as_record, estimate_response
+from wsiscale.estimation import as_record
 from wsiscale.geometry import scale_grid
+from wsiscale.judging import estimate_response
 from wsiscale.testing.responses import noise_response, planted_response
 from wsiscale.types import ScaleResponse
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import wsiscale as ws
 from wsiscale.criteria import CRITERIA, peak
 from wsiscale.errors import ModelError, OptionError
-from wsiscale.estimation import estimate_response
 from wsiscale.geometry import scale_grid
+from wsiscale.judging import estimate_response
 from wsiscale.networks import load_network, respond
 from wsiscale.objects import objects_of
 from wsiscale.stacks import scale_stack

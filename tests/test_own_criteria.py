@@ -26,8 +26,8 @@ from wsiscale.criteria import (
 from wsiscale.criteria.fingerprint import Standardised, standardised
 from wsiscale.criteria.shares import singular_values_without
 from wsiscale.errors import OptionError
-from wsiscale.estimation import estimate_response
 from wsiscale.geometry import scale_grid
+from wsiscale.judging import estimate_response
 from wsiscale.networks import load_network, respond
 from wsiscale.responses import at_scales
 from wsiscale.testing.responses import noise_response, planted_response, response_of, with_batchnorm, with_views

@@ -13,8 +13,8 @@ import pytest
 import wsiscale as ws
 from wsiscale.criteria import Criterion, find_criterion
 from wsiscale.errors import OptionError
-from wsiscale.estimation import _judged, _weight, estimate_response
 from wsiscale.geometry import scale_grid
+from wsiscale.judging import _weight, estimate_response, judged
 from wsiscale.responses import at_scales, merge_responses, without_view
 from wsiscale.search import STRUCTURE_VIEW, Searched, adaptive
 from wsiscale.testing import planted_network, planted_slide
@@ -45,7 +45,7 @@ def searched(
         part = at_scales(response.take(places), scales)
         return part if guarded else without_view(part, STRUCTURE_VIEW)
 
-    judge = partial(_judged, rule=find_criterion(criterion), seed=seed)
+    judge = partial(judged, rule=find_criterion(criterion), seed=seed)
     found = adaptive(
         ask,
         lambda part, guard: judge(part, guard=guard),

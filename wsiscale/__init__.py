@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from wsiscale.criteria import Criterion as Criterion
     from wsiscale.errors import WsiscaleError as WsiscaleError
     from wsiscale.estimation import estimate as estimate
-    from wsiscale.estimation import estimate_response as estimate_response
+    from wsiscale.judging import estimate_response as estimate_response
     from wsiscale.networks import Network as Network
     from wsiscale.networks import load_network as load_network
     from wsiscale.networks import respond as respond
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "criteria": ("CRITERIA", "Criterion"),
     "errors": ("WsiscaleError",),
-    "estimation": ("estimate", "estimate_response"),
+    "estimation": ("estimate",),
+    "judging": ("estimate_response",),
     "networks": ("Network", "load_network", "respond"),
     "places": ("sample_places", "tile_grid"),
     "profile": ("Profile",),

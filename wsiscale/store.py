@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,6 +47,7 @@ from wsiscale.types import (
     TileGrid,
     Tissue,
 )
+from wsiscale.versions import versions
 from wsiscale.views import read_view
 
 SCHEMA = 1  # of the `wsiscale` attributes, the tile table and the manifest
@@ -486,7 +485,7 @@ def write_stack(
             "source_level": stack.source_level,
             "resample": KERNEL,
             "frame": "centers are level-0 (y, x); scales are level-0 px per px; mpp is µm/px",
-            "versions": _versions(),
+            "versions": versions("zarr", "numpy"),
         }
         root.attrs.update({"wsiscale": ours})
         files, size = _write_manifest(temporary, {"places": count}, expected)
@@ -513,7 +512,7 @@ def write_response(path: str | os.PathLike[str], saved: SavedResponse, *, overwr
             "kind": "response",
             "complete": True,
             "about": saved.about,
-            "versions": _versions(),
+            "versions": versions("zarr", "numpy"),
         }
         root.attrs.update({"wsiscale": ours})
         _write_manifest(temporary, {"places": saved.response.places}, set())
@@ -846,7 +845,7 @@ def _root_attributes(plan: StorePlan, slide: Reader, estimate: Any) -> dict[str,
         "ngff": plan.ngff if plan.shapes else None,
         "halo": plan.halo,
         "estimate": estimate,
-        "versions": _versions(),
+        "versions": versions("zarr", "numpy"),
     }
     if not plan.shapes:
         return {"wsiscale": ours}
@@ -907,15 +906,6 @@ def _omero(ngff: Ngff, name: str) -> dict[str, Any]:
     if ngff == "0.4":
         omero["version"] = "0.4"
     return omero
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "wsiscale": version("wsiscale"),
-        "zarr": version("zarr"),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _plain_json(estimate: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.recovery.cases import Case
 from wsiscale.criteria import CRITERIA, Criterion, peak
 from wsiscale.errors import OptionError
-from wsiscale.estimation import STRUCTURE_VIEW, estimate_response
+from wsiscale.judging import STRUCTURE_VIEW, estimate_response
 from wsiscale.testing.responses import noise_response
 from wsiscale.types import ScaleResponse
 
