@@ -39,8 +39,9 @@ from benchmarks.recovery import real, tables, thesis
 from benchmarks.recovery.cases import Case, Half, MissingDataError, Range, Setting, half_of, joined, over_ranges
 from benchmarks.recovery.methods import NotApplicableError, methods
 from training.train_default import scanned
+from wsiscale.analyzer import respond
 from wsiscale.criteria import CRITERIA, Criterion
-from wsiscale.networks import Network, load_network, respond
+from wsiscale.networks import Network, load_network
 from wsiscale.testing.procedural import colour, random_stain, render
 from wsiscale.training_tiles import Reference, calibrate, distances, from_record, offsets, to_record
 from wsiscale.types import ScaleResponse

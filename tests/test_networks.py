@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wsiscale.analyzer import respond, response_bytes
 from wsiscale.errors import ModelError, OptionError
-from wsiscale.networks import Network, choose_device, import_torchvision, load_network, respond, response_bytes
+from wsiscale.networks import Network, choose_device, import_torchvision, load_network
 from wsiscale.scramble import phase_scramble, pixel_shuffle
 from wsiscale.types import ScaleResponse, ScaleStack
 
@@ -1073,7 +1074,7 @@ def test_arrays_need_scales_and_the_right_shape() -> None:
 
 def test_the_size_of_a_response_is_known_beforehand(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     network, stack = small(), stack_of(tiles(places=5, scales=3))
-    monkeypatch.setattr("wsiscale.networks._LARGE", 10_000)
+    monkeypatch.setattr("wsiscale.analyzer._LARGE", 10_000)
 
     with caplog.at_level(logging.WARNING):
         response = respond(network, stack, views=("flip",))

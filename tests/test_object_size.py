@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import wsiscale as ws
+from wsiscale.analyzer import respond
 from wsiscale.criteria import CRITERIA, peak
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.geometry import scale_grid
 from wsiscale.judging import estimate_response
-from wsiscale.networks import load_network, respond
+from wsiscale.networks import load_network
 from wsiscale.objects import objects_of
 from wsiscale.stacks import scale_stack
 from wsiscale.testing.responses import planted_response

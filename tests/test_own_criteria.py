@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from wsiscale.analyzer import respond
 from wsiscale.criteria import (
     CRITERIA,
     Criterion,
@@ -28,7 +29,7 @@ from wsiscale.criteria.shares import singular_values_without
 from wsiscale.errors import OptionError
 from wsiscale.geometry import scale_grid
 from wsiscale.judging import estimate_response
-from wsiscale.networks import load_network, respond
+from wsiscale.networks import load_network
 from wsiscale.responses import at_scales
 from wsiscale.testing.responses import noise_response, planted_response, response_of, with_batchnorm, with_views
 from wsiscale.types import LayerMoments, Outputs, ScaleResponse

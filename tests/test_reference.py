@@ -16,13 +16,14 @@ from scipy import ndimage
 
 import wsiscale as ws
 from tests.nets import small_classifier
+from wsiscale.analyzer import respond
 from wsiscale.cli import main
 from wsiscale.criteria import CRITERIA, DEFAULT_CRITERION, default_criterion, peak
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.estimation import estimate
 from wsiscale.geometry import scale_grid
 from wsiscale.judging import estimate_response
-from wsiscale.networks import Network, load_network, respond
+from wsiscale.networks import Network, load_network
 from wsiscale.stacks import scale_stack
 from wsiscale.training_tiles import (
     Reference,

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import wsiscale as ws
+from wsiscale.analyzer import respond
 from wsiscale.criteria import default_criterion
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.estimation import _settled, as_record
-from wsiscale.networks import Network, load_network, network_digest, respond
+from wsiscale.networks import Network, load_network, network_digest
 from wsiscale.profile import Profile, load_profile, profile_of, refusal, register, save_profile, to_record
 from wsiscale.readers import ArrayReader
 from wsiscale.reference_slides import References, card_fields, profile_slides

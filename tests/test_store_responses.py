@@ -15,10 +15,11 @@ import torch
 from nets import small_classifier
 
 import wsiscale as ws
+from wsiscale.analyzer import respond
 from wsiscale.cli import main
 from wsiscale.errors import OptionError, StoreError
 from wsiscale.estimation import as_record
-from wsiscale.networks import load_network, network_digest, respond
+from wsiscale.networks import load_network, network_digest
 from wsiscale.responses import SavedResponse
 from wsiscale.store import read_response, verify_store, write_response
 from wsiscale.testing import planted_network, planted_slide, write_svs

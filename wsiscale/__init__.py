@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wsiscale.analyzer import respond as respond
     from wsiscale.criteria import CRITERIA as CRITERIA
     from wsiscale.criteria import Criterion as Criterion
     from wsiscale.errors import WsiscaleError as WsiscaleError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from wsiscale.judging import estimate_response as estimate_response
     from wsiscale.networks import Network as Network
     from wsiscale.networks import load_network as load_network
-    from wsiscale.networks import respond as respond
     from wsiscale.places import sample_places as sample_places
     from wsiscale.places import tile_grid as tile_grid
     from wsiscale.profile import Profile as Profile
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from wsiscale.views import read_view as read_view
 
 _HOMES = {
+    "analyzer": ("respond",),
     "criteria": ("CRITERIA", "Criterion"),
     "errors": ("WsiscaleError",),
     "estimation": ("estimate",),
     "judging": ("estimate_response",),
-    "networks": ("Network", "load_network", "respond"),
+    "networks": ("Network", "load_network"),
     "places": ("sample_places", "tile_grid"),
     "profile": ("Profile",),
     "readers": ("ArrayReader", "open_slide"),

@@ -116,7 +116,8 @@ def estimate(
     Raises MppError where the slide's µm/px is implausible and no `scale_range` is given, ModelError before any work where
     the network cannot take a tile, and StoreError (MISMATCH) where `reuse` is of another slide, network or options.
     """
-    from wsiscale.networks import load_network, respond
+    from wsiscale.analyzer import respond
+    from wsiscale.networks import load_network
 
     started = time.perf_counter()
     if precision is not None and not precision > 0:
@@ -280,7 +281,7 @@ def _registered(
     **how: Any,
 ) -> tuple[Registration, int]:
     """The slide's µm/px against `profile`, and how many tiles that took. The tag is not looked at, but for the record."""
-    from wsiscale.networks import respond
+    from wsiscale.analyzer import respond
 
     claimed = slide.pyramid.mpp
     _, _, height, width = slide.pyramid.scanned

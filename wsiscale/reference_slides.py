@@ -179,7 +179,7 @@ def _asked(
     progress: Callable[[int, int], None] | None,
 ) -> ScaleResponse:
     """What the network answers to the slide at every place and scale, from `keep` where it is there."""
-    from wsiscale.networks import respond
+    from wsiscale.analyzer import respond
 
     if slide.pyramid.mpp is None:
         raise MppError(f"no µm/px to trust: {slide.calibration.detail or 'the slide does not say it'}")

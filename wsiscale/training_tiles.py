@@ -104,7 +104,7 @@ def calibrate(
     Larger images are cut into tiles, of which `tiles` are drawn, the same number of each image. Coarser views see what lies
     around a tile, and beyond the image's edge its mirror image. Raises OptionError where images are too small or too few.
     """
-    from wsiscale.networks import respond
+    from wsiscale.analyzer import respond
 
     pictures = list(images)
     size = network.tile_size

@@ -33,7 +33,8 @@ from benchmarks.recovery import real
 from benchmarks.recovery.cases import Case, Half, MissingDataError, Oracle, Range, Setting, drawn, half_of, over_ranges
 from benchmarks.recovery.methods import ABSTAINS, Method, NotApplicableError, log_centre, methods
 from benchmarks.recovery.tables import markdown
-from wsiscale.networks import Network, import_torchvision, load_network, respond
+from wsiscale.analyzer import respond
+from wsiscale.networks import Network, import_torchvision, load_network
 from wsiscale.types import ScaleResponse
 
 

@@ -22,8 +22,9 @@ from PIL import Image
 from benchmarks.recovery.cases import Half, MissingDataError, Setting, half_of, joined
 from benchmarks.recovery.tables import markdown
 from benchmarks.recovery.thesis import CLASSES, FAMILY, TILE, Recipe, canvas, load, trained
+from wsiscale.analyzer import respond
 from wsiscale.criteria import CRITERIA, bagamaev2022_grid, bagamaev2022_with_labels, peak
-from wsiscale.networks import Network, load_network, respond
+from wsiscale.networks import Network, load_network
 from wsiscale.training_tiles import Reference, calibrate, from_record, to_record
 from wsiscale.types import ScaleResponse
 

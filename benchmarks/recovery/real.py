@@ -32,8 +32,9 @@ from scipy.stats import rankdata
 from torch import nn
 
 from benchmarks.recovery.cases import Case, Half, MissingDataError, Oracle, Range, Setting, drawn, half_of, joined, over_ranges
+from wsiscale.analyzer import respond
 from wsiscale.geometry import View
-from wsiscale.networks import Network, load_network, respond
+from wsiscale.networks import Network, load_network
 from wsiscale.places import default_places
 from wsiscale.plugins import load_object
 from wsiscale.readers.array import ArrayReader

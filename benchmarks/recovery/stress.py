@@ -27,10 +27,11 @@ from benchmarks.recovery.cases import Case, Half, Oracle, Range, Setting, drawn,
 from benchmarks.recovery.methods import ABSTAINS, Method, NotApplicableError, methods
 from benchmarks.recovery.photos import as_far_as_it_goes, rescaled
 from benchmarks.recovery.tables import markdown
+from wsiscale.analyzer import respond
 from wsiscale.criteria import CRITERIA, DEFAULT_CRITERION
 from wsiscale.estimation import CONFLICT_OCTAVES
 from wsiscale.geometry import View
-from wsiscale.networks import Network, load_network, respond
+from wsiscale.networks import Network, load_network
 from wsiscale.responses import at_scales
 from wsiscale.types import ScaleResponse
 

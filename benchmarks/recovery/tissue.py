@@ -61,8 +61,9 @@ from benchmarks.recovery.real import (
     _tagged,
     _with_views,
 )
+from wsiscale.analyzer import respond
 from wsiscale.geometry import View
-from wsiscale.networks import Network, load_network, respond
+from wsiscale.networks import Network, load_network
 from wsiscale.places import default_places
 from wsiscale.readers.array import ArrayReader
 from wsiscale.stacks import scale_stack
