@@ -387,7 +387,24 @@ def test_the_default_is_held_against_others_on_the_cases_that_it_answers() -> No
 
     by_kind, against = tables.kind_table(records).splitlines(), tables.same_cases_table(records).splitlines()
 
-    assert by_kind[2].startswith("| planted | 1 | 0% | 0.00")
-    assert by_kind[3].startswith("| planted mixed | 1 | 100% | - |")
+    assert by_kind[2].startswith("| planted | 1 | 0% | 1 | 0% | 0.00")
+    assert by_kind[3].startswith("| planted mixed | 1 | 100% | 1 | 100% | - |")
+    assert by_kind[4].startswith("| all | 2 | 50% | 2 | 50% | 0.00")
     assert len(against) == 3
     assert against[2].startswith("| confidence | 1 | 0.000 | 0.200 | 0.0")
+
+
+@pytest.mark.parametrize(
+    ("best", "changes", "clear"),
+    [
+        (4.0, {}, True),
+        (0.5, {}, True),  # the finest that the slide has
+        (16.0, {}, False),  # what is coarser was not offered
+        (15.0, {}, False),
+        (4.0, {"tags": frozenset({"single-class"})}, False),
+        (4.0, {"oracle": replace(oracle_at(4.0), quality=np.full(len(GRID), 0.9))}, False),
+        (4.0, {"oracle": replace(oracle_at(4.0), quality=oracle_at(4.0).quality - 0.3)}, False),
+    ],
+)
+def test_a_case_is_clear_where_labels_show_a_scale_to_be_found(best: float, changes: dict[str, object], clear: bool) -> None:
+    assert case_at(best, **changes).clear is clear

@@ -330,7 +330,7 @@ def record(family: str, method: str, regret: float, *, half: str = "develop", ca
     nothing = {"abstained": None, "error": None, "error_train": None, "covered": None, "covered_train": None}
     return Record(
         case=f"{family}/{case}", family=family, half=half, network="n", slide="s", range="A", upsampled=False, tags="",
-        method=method, scale=2.0, regret=regret, fallback_regret=regret, forwards=1, **nothing,
+        clear=True, method=method, scale=2.0, regret=regret, fallback_regret=regret, forwards=1, **nothing,
     )  # fmt: skip
 
 

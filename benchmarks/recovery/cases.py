@@ -29,6 +29,9 @@ Half = Literal["develop", "report"]
 SPLIT_FILE = Path(__file__).parent / "split.json"
 SPLIT_SEED = 20261121
 
+# What makes a case clear, see there: octaves, and quality 0..1.
+CLEAR_INSIDE, CLEAR_QUALITY, CLEAR_LOSS = 0.25, 0.7, 0.1
+
 # A scale is this far inside a range or outside of it: float slack, in octaves.
 _SLACK = 1e-6
 
@@ -87,6 +90,19 @@ class Case:
     range: str  # which of the family's ranges: "A", "B" (off-centre to either side), "native", ...
     upsampled: bool  # whether the range holds scales finer than level 0
     tags: frozenset[str] = frozenset()  # "mixed" or "single-class"; a stressor's name: "jpeg", "blur", "16 places", ...
+
+    @property
+    def clear(self) -> bool:
+        """Whether labels show a scale to be found, so that "no estimate" is a failure.
+
+        The slide is of several tissues, the network good at its best scale and a tenth worse elsewhere, and the best scale a
+        quarter of an octave inside of the range, or at its fine end where the slide has no finer.
+        """
+        quality, scales = self.oracle.quality, self.oracle.scales
+        low, best, high = np.log2([scales[0], self.oracle.best, scales[-1]])
+        inside = best <= high - CLEAR_INSIDE and (low <= _SLACK or best >= low + CLEAR_INSIDE)
+        good = quality.max() >= CLEAR_QUALITY and np.ptp(quality) >= CLEAR_LOSS
+        return bool(inside and good and "single-class" not in self.tags)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # run as a script
 
 from benchmarks.recovery import approaches, tables
-from benchmarks.recovery.cases import Case, Half, MissingDataError, Setting
+from benchmarks.recovery.cases import CLEAR_INSIDE, CLEAR_LOSS, CLEAR_QUALITY, Case, Half, MissingDataError, Setting
 from benchmarks.recovery.methods import Method, NotApplicableError, methods
 from benchmarks.recovery.tables import Record
 from wsiscale.criteria import DEFAULT_CRITERION
@@ -138,7 +138,9 @@ tiles through the network. `benchmark.csv` has all of it by family, range and ta
 
 _BY_KIND = f"""
 `{DEFAULT_CRITERION}`, with abstention, kind by kind: what `wsiscale estimate` answers where the network has no profile and no
-training tiles, and what the answers are worth.
+training tiles, and what the answers are worth. A case is *clear* where labels show a scale to be found: a slide of several
+tissues, quality {CLEAR_QUALITY} or more at the best scale and {CLEAR_LOSS} less elsewhere, the best scale
+{CLEAR_INSIDE} octaves inside of the range, or at its fine end where the slide has no finer.
 """
 
 _SAME_CASES = f"""

@@ -31,6 +31,7 @@ class Record:
     range: str
     upsampled: bool
     tags: str
+    clear: bool  # whether labels show a scale to be found
     method: str
     scale: float | None  # level-0 px per px; None where it abstains
     abstained: str | None
@@ -86,6 +87,7 @@ def judged(case: Case, method: str, answer: Answer) -> Record:
         range=case.range,
         upsampled=case.upsampled,
         tags=" ".join(sorted(case.tags)),
+        clear=case.clear,
         method=method,
         scale=answer.scale,
         abstained=answer.abstained,
@@ -242,11 +244,26 @@ def family_table(records: Sequence[Record], *, chosen: Mapping[str, str] | None 
 def kind_table(records: Sequence[Record]) -> str:
     """The default, with abstention, a row a kind of case: what it answers, and what its answers are worth."""
     mine = [r for r in records if r.method == DEFAULT_CRITERION + ABSTAINS]
-    titles = ("kind", "cases", "abstains", "regret", "error, mean", "median", "≤ 1/4", "to training", "≤ 1/4", "covers best")
+    titles = (
+        "kind",
+        "cases",
+        "abstains",
+        "clear cases",
+        "abstains",
+        "regret",
+        "error, mean",
+        "median",
+        "≤ 1/4",
+        "to training",
+        "≤ 1/4",
+        "covers best",
+    )
     rows = []
-    for kind in dict.fromkeys((r.family, r.tags) for r in mine):
-        s = summarised([r for r in mine if (r.family, r.tags) == kind])
-        shown = [(s.abstained, "{:.0%}"), (s.regret, "{:.3f}"), (s.error_mean, "{:.2f}"), (s.error_median, "{:.2f}")]
+    for kind in [*dict.fromkeys((r.family, r.tags) for r in mine), ("all", "")]:
+        of_kind = [r for r in mine if (r.family, r.tags) == kind or kind[0] == "all"]
+        s, clear = summarised(of_kind), [r.scale is None for r in of_kind if r.clear]
+        shown: list[tuple[object, str]] = [(s.abstained, "{:.0%}"), (len(clear), "{}"), (_mean(clear), "{:.0%}")]
+        shown += [(s.regret, "{:.3f}"), (s.error_mean, "{:.2f}"), (s.error_median, "{:.2f}")]
         shown += [(s.near, "{:.0%}"), (s.train_mean, "{:.2f}"), (s.train_near, "{:.0%}"), (s.covered, "{:.0%}")]
         rows.append([" ".join(part for part in kind if part), str(s.cases), *(_shown(value, form) for value, form in shown)])
     return markdown(titles, rows)
