@@ -728,9 +728,21 @@ def test_answers_that_a_small_change_of_scale_changes_are_chance() -> None:
     found = estimate_response(lost, "consensus")
 
     assert mutual_information.kept(response, 3.0) > 0.95
-    assert mutual_information.kept(lost, 3.0) < 0.6
+    assert mutual_information.kept(lost, 3.0) == pytest.approx(0, abs=0.15)
     assert found.abstained is not None
     assert found.abstained.reason == "unsettled"
+
+
+def test_places_of_nearly_one_class_keep_it_by_chance() -> None:
+    response = planted_response(3.0, seed=2, scales=SCALES, places=200)
+    assert response.outputs is not None
+    classes = np.random.default_rng(0).choice(4, p=[0.94, 0.02, 0.02, 0.02], size=response.outputs.logits.shape[:2])
+    probabilities = np.eye(4, dtype=np.float32)[classes]
+    drawn = replace(response, outputs=replace(response.outputs, probabilities=probabilities))
+    here, on = classes[:, np.abs(SCALES - 3).argmin()], classes[:, np.abs(SCALES - 3 * 2**0.25).argmin()]
+
+    assert (here == on).mean() > 0.8
+    assert mutual_information.kept(drawn, 3.0) < 0.3
 
 
 def test_mutual_information_of_a_segmenter_is_that_of_its_pixels() -> None:

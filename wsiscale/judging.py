@@ -29,9 +29,8 @@ STRUCTURE_SHARE = 0.2
 BIMODAL_OCTAVES = 0.75
 BIMODAL_SHARE = 0.15
 # A classifier that is right keeps its answers when the scale changes a little; one that is lost answers by chance, and places
-# then differ by that. Of right answers on the development half of the benchmark 0.88 to 1.00 of the places keep their class a
-# quarter of an octave on, of wrong ones on slides of one class 0.67 to 0.77.
-SETTLED = 0.8
+# then differ by that. Cohen's kappa from which on agreement is called substantial (Landis & Koch, Biometrics 33, 1977).
+SETTLED = 0.6
 # An interval wider than this tells a user nothing.
 WIDEST_OCTAVES = 2.0
 # That of joined criteria holds their disagreement too.
@@ -121,10 +120,11 @@ def judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | N
         return no("boundary_optimum", detail, **found)
     if (split := _modes(octaves)) is not None:
         return no("bimodal", _two(split, response.slide_mpp), **found)
-    if joined and (share := _settled_share(response, best)) < SETTLED:
+    if joined and (kappa := _settled(response, best)) < SETTLED:
         detail = (
-            f"{1 - share:.0%} of the places change their class within a quarter of an octave of the best scale: the network "
-            "answers by chance there more than by tissue; give a profile or training tiles, or name a criterion"
+            "the classes that places have at the best scale and a quarter of an octave on agree too little (Cohen's kappa "
+            f"{kappa:.2f}): the network answers by chance more than by tissue; give a profile or training tiles, or name a "
+            "criterion"
         )
         return no("unsettled", detail, **found)
     finest, coarsest = _indistinct(scales, pooled, best, own_rule=rule.decide is not None)
@@ -284,8 +284,8 @@ def _identifies(response: ScaleResponse, best: float) -> bool:
     return response.outputs is None or of_pixels(response) or dispersed(response, best)
 
 
-def _settled_share(response: ScaleResponse, best: float) -> float:
-    """Share of the places whose class a small change of scale does not change; 1 where places have no class."""
+def _settled(response: ScaleResponse, best: float) -> float:
+    """How far a small change of scale leaves places their class, -1..1; 1 where places have no class."""
     return 1.0 if response.outputs is None or of_pixels(response) else kept(response, best)
 
 

@@ -63,12 +63,22 @@ def dispersed(response: ScaleResponse, scale: float) -> bool:
 
 
 def kept(response: ScaleResponse, scale: float) -> float:
-    """Share of the places that keep their class a quarter of an octave on, to either side of the scale nearest to `scale`."""
+    """How far places keep their class a quarter of an octave on, to either side of the scale nearest to `scale`.
+
+    Cohen's kappa (Educational and Psychological Measurement 20, 1960), mean of both sides: 1 where all keep it, 0 where as
+    many do as by chance. 1 where there is one class alone, or no other scale.
+    """
     octaves = np.log2(response.scales)
     here = int(np.abs(octaves - np.log2(scale)).argmin())
-    classes = outputs_of(response, "mutual_information").probabilities.argmax(axis=2)  # (N, S)
+    p = outputs_of(response, "mutual_information").probabilities
+    shares = np.eye(p.shape[2])[p.argmax(axis=2)]  # (N, S, C), one-hot
     near = {int(np.abs(octaves - octaves[here] - step).argmin()) for step in (-0.25, 0.25)} - {here}
-    return float(np.mean([classes[:, here] == classes[:, other] for other in near])) if near else 1.0
+    kappas = []
+    for other in near:
+        same = float((shares[:, here] * shares[:, other]).sum(axis=1).mean())
+        chance = float(shares[:, here].mean(axis=0) @ shares[:, other].mean(axis=0))
+        kappas.append((same - chance) / (1 - chance) if chance < 1 else 1.0)
+    return float(np.mean(kappas)) if kappas else 1.0
 
 
 def of_pixels(response: ScaleResponse) -> bool:
