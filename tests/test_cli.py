@@ -243,8 +243,17 @@ def test_doctor_finds_this_installation_well(cli: Any) -> None:
     assert "OpenSlide 4" in out
 
 
+def test_cards_lists_what_comes_along(cli: Any) -> None:
+    code, out, _ = cli("cards")
+    names = [card["name"] for card in json.loads(cli("cards", "--json")[1])]
+
+    assert code == 0
+    assert "default" in names
+    assert [line.split()[0] for line in out.splitlines()] == names
+
+
 def test_every_command_has_help_with_an_example(cli: Any) -> None:
-    for verb in ("info", "tissue", "estimate", "stack", "tile", "profile", "calibrate", "verify", "doctor"):
+    for verb in ("info", "tissue", "estimate", "stack", "tile", "profile", "calibrate", "verify", "cards", "doctor"):
         code, out, _ = cli(verb, "--help")
         assert code == 0
         assert f"wsiscale {verb}" in out

@@ -230,6 +230,63 @@ def test_a_card_says_everything(tmp_path: Path) -> None:
     assert tuple(response.layers) == ("features.0", "features.12")
 
 
+def test_a_card_has_arguments_for_its_factory(tmp_path: Path) -> None:
+    card = {"factory": "torchvision:mobilenet_v3_small", "arguments": {"num_classes": 7, "norm_layer": "torch.nn:BatchNorm2d"}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+
+    with pytest.raises(ModelError, match=r"runs the code of .*torch.nn:BatchNorm2d.*trust"):
+        load_network(tmp_path / "card.json", tile_size=32)
+    response = respond(
+        load_network(tmp_path / "card.json", tile_size=32, trust_model=True), stack_of(tiles(height=32, width=32))
+    )
+
+    assert response.outputs is not None
+    assert response.outputs.logits.shape[2] == 7
+
+
+def test_a_network_of_published_weights_says_where_they_are(tmp_path: Path) -> None:
+    card = {"factory": "torchvision:mobilenet_v3_small", "weights_from": "a place", "licence": "CC-BY-4.0", "tile_size": 32}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    save_file(import_torchvision().models.mobilenet_v3_small().state_dict(), tmp_path / "w.safetensors")
+
+    with pytest.raises(ModelError, match=r"without weights: get them from a place \(licence: CC-BY-4.0\)"):
+        load_network(tmp_path / "card.json")
+    assert load_network(tmp_path / "card.json", weights=tmp_path / "w.safetensors").licence == "CC-BY-4.0"
+
+
+class Several(nn.Module):
+    """Answers two things."""
+
+    def __init__(self, *, named: bool) -> None:
+        super().__init__()
+        self.boundary, self.nucleus = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+        self.named = named
+
+    def forward(self, x: torch.Tensor) -> object:
+        answers = {"boundary": self.boundary(x), "nucleus": self.nucleus(x)}
+        return answers if self.named else tuple(answers.values())
+
+
+@pytest.mark.parametrize(("named", "answer"), [(True, "nucleus"), (False, 1)])
+def test_of_several_answers_the_named_one_is_the_networks(named: bool, answer: str | int) -> None:
+    response = respond(load_network(Several(named=named), tile_size=16, answer=answer), stack_of(tiles(height=16, width=16)))
+
+    assert response.outputs is not None
+    assert response.outputs.logits.shape[2] == 2
+
+
+@pytest.mark.parametrize(("named", "answer"), [(True, None), (True, "nuclei"), (False, 2), (False, "nucleus")])
+def test_an_answer_that_is_not_there_is_an_error_that_lists_them(named: bool, answer: str | int | None) -> None:
+    with pytest.raises(ModelError, match="boundary, nucleus" if named else "tuple"):
+        load_network(Several(named=named), tile_size=16, answer=answer)
+
+
+def test_a_card_that_does_not_come_along_is_an_error_with_a_name_near_it() -> None:
+    with pytest.raises(ModelError, match=r"no card 'defualt'.*default"):
+        load_network("card:defualt")
+    assert load_network("card:default").name == "nuclei_default"
+
+
 def test_without_a_spec_there_is_the_embedded_network() -> None:
     network = load_network()
 

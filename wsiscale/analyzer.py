@@ -118,7 +118,7 @@ def response_bytes(network: Network, *, places: int, scales: int, views: int = 0
     return plan.bytes_per_tile * places * scales * (1 + views)
 
 
-# --- the forward pass ---------------------------------------------------------------------------------------------------------
+# --- the forward pass ----------------------------------------------------------------------------------------------------
 _Key = tuple[str, str]  # (what, layer)
 _Arrays = dict[_Key, NDArray[np.float32]]
 _AGREEMENT: _Key = ("agreement", "")
@@ -321,7 +321,7 @@ def _response(tiles: _Tiles, plan: Plan, arrays: _Arrays) -> ScaleResponse:
     )
 
 
-# --- reading ahead ------------------------------------------------------------------------------------------------------------
+# --- reading ahead -------------------------------------------------------------------------------------------------------
 T = TypeVar("T")
 _Tile = NDArray[np.uint8]  # (H, W, 3)
 

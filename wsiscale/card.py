@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import io
 import json
 import zipfile
@@ -15,6 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiscale.errors import ModelError
+
+# Cards that come with wsiscale; the embedded network's is one of them.
+CARDS = Path(__file__).parent / "cards"
+DEFAULT_CARD = CARDS / "default.json"
+
+
+def shipped_cards() -> dict[str, Path]:
+    """The cards that come with wsiscale, by name."""
+    return {path.stem: path for path in sorted(CARDS.glob("*.json"))}
+
+
+def shipped_card(name: str) -> Path:
+    """The file of `card:NAME`. Raises ModelError."""
+    known = shipped_cards()
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 3)) or ", ".join(known)
+        raise ModelError(f"no card {name!r} comes with wsiscale; there are {near} (wsiscale cards lists all)")
+    return known[name]
 
 
 def read_card(card: str | Path) -> dict[str, Any]:

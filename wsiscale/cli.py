@@ -83,7 +83,8 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="torchvision:NAME, timm:NAME, file.py:factory, package:factory, model.pt2, card.json (none: the embedded one)"
+        help="torchvision:NAME, timm:NAME, file.py:factory, package:factory, model.pt2, card.json, or card:NAME of "
+        "wsiscale cards (none: the embedded one)"
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="weights for --model: safetensors, or a plain state dict")]
@@ -539,6 +540,24 @@ def verify(
             print(f"{problem.path}: {problem.what}")
         print(f"{store}: " + (f"{len(report.problems)} problems" if report.problems else f"whole, {report.files} files"))
     return FAILED if report.problems else DONE
+
+
+@app.command()
+def cards(as_json: Json = False) -> None:
+    """The networks that wsiscale has a card of, for --model card:NAME; their weights you download yourself.
+
+    Example: wsiscale cards
+    """
+    from wsiscale.card import read_card, shipped_cards
+
+    shown = ("tile_size", "training_mpp", "output", "licence", "weights_from")
+    found = {name: read_card(path) for name, path in shipped_cards().items()}
+    if as_json:
+        _print_json([{"name": name, **{field: card.get(field) for field in shown}} for name, card in found.items()])
+        return
+    for name, card in found.items():
+        mpp = "µm/px unknown" if card.get("training_mpp") is None else f"{card['training_mpp']:g} µm/px"
+        print(f"{name:<24}{card.get('tile_size', 224)} px  {mpp:<14}  {card.get('licence', '')}")
 
 
 @app.command()

@@ -309,7 +309,7 @@ def _kind(answer: Tensor, height: int, width: int) -> OutputKind:
     return "segmentation" if tuple(answer.shape[-2:]) == (height, width) else "features"
 
 
-# --- tensors and modules ------------------------------------------------------------------------------------------------------
+# --- tensors and modules -------------------------------------------------------------------------------------------------
 
 
 def spatial_mean(values: Tensor, axis: int) -> Tensor:
@@ -338,13 +338,15 @@ def tensor_of(network: Network, answer: object) -> Tensor:
     """The answer's one tensor: torchvision's segmenters give {"out": ...}, others (answer, auxiliary answers)."""
     found = answer
     if isinstance(answer, Mapping):
-        found = answer.get("out", answer.get("logits"))
+        found = answer.get("out", answer.get("logits")) if network.answer is None else answer.get(network.answer)
     elif isinstance(answer, tuple | list) and answer:
-        found = answer[0]
+        which = 0 if network.answer is None else network.answer
+        found = answer[which] if isinstance(which, int) and -len(answer) <= which < len(answer) else None
     if isinstance(found, Tensor):
         return found
     inside = f" with {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
-    raise ModelError(f"{network.name} answers a {type(answer).__name__}{inside}; let it return a tensor, or a dict with 'out'")
+    wanted = "let it return a tensor, or a dict with 'out'" if network.answer is None else f"none of it is {network.answer!r}"
+    raise ModelError(f"{network.name} answers a {type(answer).__name__}{inside}; {wanted}, or say which with answer=")
 
 
 def as_maps(answer: Tensor, output: OutputKind) -> Tensor:

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,14 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wsiscale.card import read_card
+from wsiscale.card import CARDS, DEFAULT_CARD, read_card, shipped_card
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.layers import OutputKind, evaluating, one_line, plan_of
 from wsiscale.plugins import load_object
 
 log = logging.getLogger(__name__)
-
-DEFAULT_CARD = Path(__file__).parent / "cards" / "default.json"
 
 # Photographs' mean and spread: what every network of torchvision is trained with.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,7 +35,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Older unpicklers let a prepared file past weights_only=True: CVE-2025-32434, CVE-2026-24747.
 _SAFE_UNPICKLER = (2, 10)
 
-_SPECS = "torchvision:NAME, timm:NAME, file.py:factory, package.module:factory, model.pt2 or card.json"
+_SPECS = "torchvision:NAME, timm:NAME, card:NAME, file.py:factory, package.module:factory, model.pt2 or card.json"
 _TRUST = "if you trust it, say so with --trust-model (trust_model=True)"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".ts", ".torchscript"}
 
@@ -54,6 +53,7 @@ class Network:
     channels: Literal["rgb", "bgr"] = "rgb"
     value_range: Literal[1, 255] = 1
     output: OutputKind | None = None  # None: told from the shape of the answer
+    answer: str | int | None = None  # which of several answers: a key of a dict, a place in a tuple; None: out, logits, first
     layers: tuple[str, ...] | None = None  # to watch, as in module.named_modules(); None: found
     training_mpp: float | None = None  # µm/px of the tiles that it was trained on
     licence: str | None = None
@@ -73,6 +73,7 @@ class Network:
         check(self.channels in ("rgb", "bgr"), "channels", "rgb or bgr")
         check(self.value_range in (1, 255), "value_range", "1 or 255")
         check(self.output in (None, *get_args(OutputKind)), "output", " or ".join(get_args(OutputKind)))
+        check(self.answer is None or isinstance(self.answer, str | int), "answer", "a key or a number")
         check(self.training_mpp is None or self.training_mpp > 0, "training_mpp", "µm/px above 0")
 
 
@@ -87,6 +88,7 @@ def load_network(
     channels: Literal["rgb", "bgr"] | None = None,
     value_range: Literal[1, 255] | None = None,
     output: OutputKind | None = None,
+    answer: str | int | None = None,
     layers: Sequence[str] | None = None,
     training_mpp: float | None = None,
     trust_model: bool = False,
@@ -112,6 +114,7 @@ def load_network(
         "channels": channels,
         "value_range": value_range,
         "output": output,
+        "answer": answer,
         "layers": layers,
         "training_mpp": training_mpp,
     }
@@ -186,8 +189,14 @@ _declared_operators: torch.library.Library | None = None  # the declarations las
 # --- loading ------------------------------------------------------------------------------------------------------------
 
 
-def _build(spec: str | Path | nn.Module | Network, *, weights: Path | None, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The module with its weights, and the card's fields that are known with it."""
+def _build(
+    spec: str | Path | nn.Module | Network,
+    *,
+    weights: Path | None,
+    trust: bool,
+    arguments: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The module with its weights, and the card's fields that are known with it. Code takes a card's `arguments`."""
     if isinstance(spec, Network):
         known = {f.name: getattr(spec, f.name) for f in fields(Network) if f.name not in ("module", "card")}
         return _with_weights(lambda: spec.module, weights, trust), {**spec.card, **known}
@@ -195,12 +204,15 @@ def _build(spec: str | Path | nn.Module | Network, *, weights: Path | None, trus
         return _with_weights(lambda: spec, weights, trust), {"name": type(spec).__name__}
     text = str(spec)
     path = Path(text)
-    if text.startswith("torchvision:"):
-        return _from_torchvision(text.removeprefix("torchvision:"), weights, trust)
-    if text.startswith("timm:"):
-        return _from_timm(text.removeprefix("timm:"), weights, trust)
+    if text.startswith("card:"):
+        return _from_card(shipped_card(text.removeprefix("card:")), weights, trust)
     if path.suffix == ".json":
         return _from_card(path, weights, trust)
+    given = dict(arguments or {})
+    if text.startswith("torchvision:"):
+        return _from_torchvision(text.removeprefix("torchvision:"), weights, trust, given)
+    if text.startswith("timm:"):
+        return _from_timm(text.removeprefix("timm:"), weights, trust, given)
     if path.suffix == ".safetensors":
         raise ModelError(f"{path} holds weights and no architecture; name that, and give the file as weights")
     if path.suffix == ".pt2" or path.suffix in _PICKLES:
@@ -208,12 +220,14 @@ def _build(spec: str | Path | nn.Module | Network, *, weights: Path | None, trus
             raise ModelError(f"{path} brings its own weights; leave out {weights}")
         return _from_file(path, trust), {"name": path.name}
     if ":" in text:
-        return _from_factory(text, weights, trust)
+        return _from_factory(text, weights, trust, given)
     near = difflib.get_close_matches(text, _torchvision_names(), 1)
     raise ModelError(f"no network {text!r}; " + (f"did you mean torchvision:{near[0]}?" if near else f"give {_SPECS}"))
 
 
-def _from_torchvision(name: str, weights: Path | None, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _from_torchvision(
+    name: str, weights: Path | None, trust: bool, given: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     models = import_torchvision().models
     names = _torchvision_names()
     if name not in names:
@@ -221,8 +235,8 @@ def _from_torchvision(name: str, weights: Path | None, trust: bool) -> tuple[nn.
         raise ModelError(f"torchvision has no classifier or segmenter {name!r}; near it are {near}")
     segments = name in models.list_models(module=models.segmentation)
     # A segmenter would fetch its backbone's weights from the internet.
-    own = {"weights": None, "weights_backbone": None} if segments else {"weights": None}
-    module = _with_weights(lambda **options: models.get_model(name, **own, **options), weights, trust)
+    own = {"weights": None, "weights_backbone": None, **given} if segments else {"weights": None, **given}
+    module = _with_weights(partial(models.get_model, name, **own), weights, trust)
     if weights is None:
         log.warning("torchvision:%s has random weights, so that its answers mean nothing; give weights", name)
     return module, {
@@ -238,7 +252,7 @@ def _torchvision_names() -> list[str]:
     return [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
 
 
-def _from_timm(name: str, weights: Path | None, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _from_timm(name: str, weights: Path | None, trust: bool, given: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     import_torchvision()  # timm imports it, and would stumble
     try:
         import timm
@@ -247,16 +261,16 @@ def _from_timm(name: str, weights: Path | None, trust: bool) -> tuple[nn.Module,
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
         raise ModelError(f"timm has no model {name!r}" + (f"; near it are {near}" if near else ""))
-    module = _with_weights(lambda **options: timm.create_model(name, pretrained=False, **options), weights, trust)
+    module = _with_weights(partial(timm.create_model, name, pretrained=False, **given), weights, trust)
     if weights is None:
         log.warning("timm:%s has random weights, so that its answers mean nothing; give weights", name)
     wanted: Any = module.pretrained_cfg
     return module, {"name": f"timm:{name}", "mean": wanted["mean"], "std": wanted["std"], "tile_size": wanted["input_size"][-1]}
 
 
-def _from_factory(spec: str, weights: Path | None, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """A factory takes nothing, and returns a module or a (module, card fields) pair."""
-    made = _seeded(load_object(spec))
+def _from_factory(spec: str, weights: Path | None, trust: bool, given: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """A factory takes nothing but a card's arguments, and returns a module or a (module, card fields) pair."""
+    made = _seeded(partial(load_object(spec), **given))
     module, known = made if isinstance(made, tuple) else (made, {})
     if not isinstance(module, nn.Module):
         raise ModelError(f"{spec} made a {type(module).__name__}; a factory returns a torch.nn.Module or (module, card fields)")
@@ -269,16 +283,34 @@ def _from_card(path: Path, weights: Path | None, trust: bool) -> tuple[nn.Module
         raise ModelError(f"the card {path} needs the field factory; give torchvision:NAME, file.py:factory or the like")
     factory = card.pop("factory")
     own = card.pop("weights", None)
+    arguments = card.pop("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ModelError(f"the card {path} has {arguments!r} as arguments; they are an object, by name")
     if weights is None and own is not None:
         weights = path.parent / own
+    where = card.get("weights_from")
+    if weights is None and where is not None:
+        raise ModelError(
+            f"the network of {path.stem} comes without weights: get them from {where} (licence: "
+            f"{card.get('licence', 'see there')}), and give their file with --weights (weights=)"
+        )
     # Unlike a file named on the command line, what a card names may be as foreign as the card.
     is_file = ".py:" in factory or ":" not in factory
-    ours = factory.startswith(("torchvision:", "timm:", "wsiscale."))
+    objects = [value for value in arguments.values() if isinstance(value, str) and ":" in value]
+    ours = path.parent == CARDS or (factory.startswith(("torchvision:", "timm:", "wsiscale.")) and not objects)
     if (is_file or not ours) and not trust:
-        raise ModelError(f"the card {path} runs the code of {factory}; {_TRUST}")
+        raise ModelError(f"the card {path} runs the code of {', '.join((factory, *objects))}; {_TRUST}")
     if is_file:
         factory = str(path.parent / factory)
-    module, known = _build(factory, weights=weights, trust=trust)
+    try:
+        if "package" in card:
+            import_torchvision()  # most packages of networks import it, and would stumble
+        given = {name: load_object(value) if value in objects else value for name, value in arguments.items()}
+        module, known = _build(factory, weights=weights, trust=trust, arguments=given)
+    except OptionError as error:
+        if "package" in card and isinstance(error.__cause__, ModuleNotFoundError):
+            raise ModelError(f"the network of {path.stem} needs {card['package']}: pip install {card['package']}") from error
+        raise
     return module, {**known, "name": path.stem, **card}
 
 
@@ -373,15 +405,3 @@ def _is_torchscript(path: Path) -> bool:
             return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError):  # what it is instead, torch will say
         return False
-
-
-# --- what to watch ------------------------------------------------------------------------------------------------------
-
-
-# --- the forward pass ---------------------------------------------------------------------------------------------------
-
-
-# --- reading ahead ------------------------------------------------------------------------------------------------------
-
-
-# --- small things -------------------------------------------------------------------------------------------------------

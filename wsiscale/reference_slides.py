@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiscale.card import read_card
+from wsiscale.card import DEFAULT_CARD, read_card, shipped_card
 from wsiscale.criteria import Criterion, default_criterion, find_criterion
 from wsiscale.errors import MppError, NoTissueError, OptionError, ScaleError, SlideError
 from wsiscale.estimation import PER_OCTAVE, check_range, fingerprint, range_on
@@ -30,8 +30,6 @@ from wsiscale.types import Reader, ScaleResponse
 if TYPE_CHECKING:
     from wsiscale.networks import Network
 
-# As networks.DEFAULT_CARD, without its imports.
-DEFAULT_CARD = Path(__file__).parent / "cards" / "default.json"
 # A slide further than this beyond what nine out of ten reference slides are off by may have a wrong tag.
 DOUBTFUL = 0.25  # octaves
 
@@ -242,8 +240,8 @@ def card_fields(network: Network, model: str | None, weights: str | os.PathLike[
 
     fields: dict[str, Any] = {}
     beside = Path.cwd()  # what relative paths in `fields` start from
-    if model is None or model.endswith(".json"):
-        own = DEFAULT_CARD if model is None else Path(model)
+    if model is None or model.startswith("card:") or model.endswith(".json"):
+        own = DEFAULT_CARD if model is None else shipped_card(model[5:]) if model.startswith("card:") else Path(model)
         fields = {name: value for name, value in read_card(own).items() if name != "profile"}
         beside = own.absolute().parent
         if model is None:
