@@ -30,6 +30,7 @@ from wsiscale.errors import OptionError
 from wsiscale.geometry import scale_grid
 from wsiscale.judging import estimate_response
 from wsiscale.networks import load_network
+from wsiscale.profile import _scores_of
 from wsiscale.responses import at_scales
 from wsiscale.testing.responses import noise_response, planted_response, response_of, with_batchnorm, with_views
 from wsiscale.types import LayerMoments, Outputs, ScaleResponse
@@ -699,6 +700,20 @@ def test_a_classifier_that_says_the_same_everywhere_gets_no_estimate() -> None:
     assert off(estimate_response(response, "consensus").scale, 3.0) < 0.15
     assert found.abstained is not None
     assert found.abstained.reason == "one_tissue"
+
+
+def test_in_a_profile_slides_of_several_tissues_are_scored_alone_and_those_of_one_among_the_others() -> None:
+    rule = CRITERIA["consensus"]
+    planted = [planted_response(3.0, seed=seed, scales=SCALES, everything=True) for seed in (2, 3)]
+    several = [replace(response, slide_mpp=0.25, batchnorm={}, layers={}) for response in planted]
+    one = one_class(several[0])
+
+    scores = _scores_of([*several, one], rule)
+
+    for response, score in zip(several, scores, strict=False):
+        np.testing.assert_allclose(score, rule.score(response))
+    assert not np.allclose(scores[2], rule.score(one))
+    assert SCALES[scores[2].argmax()] == pytest.approx(3.0, rel=0.1)
 
 
 def test_answers_that_differ_only_where_the_network_is_lost_do_not_identify_a_scale() -> None:

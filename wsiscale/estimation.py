@@ -63,7 +63,7 @@ PER_OCTAVE = 8
 PRECISION = 0.1  # octaves
 
 # What a slide is asked to be registered to a profile: from level 0 on, whatever its tag says.
-REGISTRATION_PLACES = 24
+REGISTRATION_SHARE = 3 / 8  # of the places that a network of its tile size is asked about
 REGISTRATION_COARSEST = 16.0  # level-0 px per px
 # A slide that does not look like the profile's slides, or cannot be compared with them, is none that the profile knows of.
 UNKNOWN_TO_PROFILE = ("unlike_bank", "flat", "too_few_places", "too_few_scales")
@@ -289,7 +289,8 @@ def _registered(
     octaves = (MIN_OVERLAP - 1) * STEP
     if coarsest < 2**octaves:
         return refusal("too_few_scales", f"the slide is too small; {octaves:g} octaves are needed", claimed=claimed), 0
-    centers = sample_places(tissue, REGISTRATION_PLACES, seed=seed, field=network.tile_size * coarsest)
+    count = round(REGISTRATION_SHARE * default_places(network.tile_size))
+    centers = sample_places(tissue, count, seed=seed, field=network.tile_size * coarsest)
     scales = np.exp2(STEP * np.arange(int(np.log2(coarsest) / STEP + 1e-6) + 1))
     stack = scale_stack(slide, centers, scales=scales, size=network.tile_size)
     response = respond(network, stack, layers="stages", progress=progress, **how)

@@ -101,7 +101,7 @@ def judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | N
         return no("flat_curve", "the score does not change over scale by more than chance between places would", **found)
     if best is None or not np.isfinite(best):
         return no("no_optimum", f"the rule of {rule.name} finds no optimum in this range", **found)
-    if joined and not _identifies(response, best):
+    if joined and not identifies(response, best):
         detail = (
             "the network answers nearly the same everywhere on this slide, of which it can be as sure at a wrong scale; "
             "give a profile or training tiles, or name a criterion"
@@ -276,7 +276,7 @@ def _flip_test(curves: NDArray[np.float64], rng: np.random.Generator, resamples:
     return float((1 + (chance >= seen * (1 - 1e-12)).sum()) / (1 + resamples))
 
 
-def _identifies(response: ScaleResponse, best: float) -> bool:
+def identifies(response: ScaleResponse, best: float) -> bool:
     """Whether there is more to go by than how sure a classifier is: at `best`, where it is surest, it tells places apart.
 
     A segmenter always does, what it looks for from what is beside that.

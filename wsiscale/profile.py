@@ -21,6 +21,7 @@ from scipy import stats
 from wsiscale.card import packed, read_card, unpacked, update_card
 from wsiscale.criteria import DEFAULT_CRITERION, Criterion, find_criterion, peak
 from wsiscale.errors import ModelError, OptionError
+from wsiscale.judging import identifies
 from wsiscale.responses import merge_responses
 from wsiscale.types import Abstention, ScaleEstimate, ScaleResponse
 
@@ -633,23 +634,32 @@ def _pooled_score(
 
 
 def _scores_of(responses: list[ScaleResponse], rule: Criterion) -> list[NDArray[np.float64]]:
-    """(S,) for each slide, as one of all that were asked at the same µm/px.
+    """(S,) for each slide: its own, or where slides are of one tissue each as one of all that were asked at the same µm/px.
 
-    Whether answers differ, and how far a network's BatchNorm is from its memory, a slide of one tissue does not tell.
+    Whether answers differ, and how far a network's BatchNorm is from its memory, a slide of one tissue does not tell. Slides of
+    several tissues do, and joined what one slide differs from the next by would count as well, at any scale.
     """
     if rule.rows is None and rule.shares is None:
         return [rule.score(response) for response in responses]
     found: dict[int, NDArray[np.float64]] = {}
     for alike in _same_scales(responses):
-        first = responses[alike[0]]
-        places = _stacked([responses[i] for i in alike], first.scales)
-        rows = (
-            rule.rows(places).sum(axis=0) if rule.rows is not None else rule.shares(places) if rule.shares is not None else None
-        )
-        assert rows is not None
-        ends = np.cumsum([responses[i].places for i in alike])
-        found |= {i: part.mean(axis=0) for i, part in zip(alike, np.split(rows, ends[:-1]), strict=True)}
+        own = [rule.score(responses[i]) for i in alike]
+        told = [identifies(responses[i], peak(responses[i].scales, score)) for i, score in zip(alike, own, strict=True)]
+        joint = own if all(told) else _as_one([responses[i] for i in alike], rule)
+        found |= {i: alone if ok else shared for i, ok, alone, shared in zip(alike, told, own, joint, strict=True)}
     return [found[i] for i in range(len(responses))]
+
+
+def _as_one(responses: list[ScaleResponse], rule: Criterion) -> list[NDArray[np.float64]]:
+    """(S,) for each slide: what its places are worth among those of all."""
+    places = _stacked(responses, responses[0].scales)
+    if rule.rows is not None:
+        rows = rule.rows(places).sum(axis=0)
+    else:
+        assert rule.shares is not None
+        rows = rule.shares(places)
+    ends = np.cumsum([response.places for response in responses])
+    return [part.mean(axis=0) for part in np.split(rows, ends[:-1])]
 
 
 def _same_scales(responses: Sequence[ScaleResponse]) -> list[list[int]]:

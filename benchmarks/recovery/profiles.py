@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.recovery.cases import Case, Half, MissingDataError, Oracle, Setting, cut_oracle
 from benchmarks.recovery.tables import markdown
 from wsiscale.errors import OptionError
-from wsiscale.estimation import REGISTRATION_PLACES, _settled
+from wsiscale.estimation import REGISTRATION_SHARE, _settled
 from wsiscale.judging import estimate_response
 from wsiscale.plugins import load_object
 from wsiscale.profile import Profile, Registration, make_profile, register
@@ -30,6 +30,7 @@ FAMILIES = {
     "thesis": "benchmarks.recovery.thesis:cases",
 }
 LEAST = 2.0  # octaves of a window
+FEWEST_PLACES = 64  # of default_places
 WRONG = 2.5  # tags are off by up to so much, either way
 
 
@@ -98,7 +99,9 @@ def _tested(case: Case, others: Sequence[Case], group: str) -> Iterator[Tested]:
         profile = make_profile([replace(other.response, slide_mpp=_mpp(other)) for other in others])
     except OptionError:
         return
-    found = register(profile, response.take(np.arange(min(REGISTRATION_PLACES, response.places))))
+    # As many as `estimate` asks about, where there are as many to begin with.
+    count = max(round(REGISTRATION_SHARE * response.places), round(REGISTRATION_SHARE * FEWEST_PLACES))
+    found = register(profile, response.take(np.arange(min(count, response.places))))
     own = estimate_response(response)
     wrong = mpp * WRONG ** rng.uniform(-1, 1)
     answers = {
