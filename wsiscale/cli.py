@@ -557,7 +557,7 @@ def cards(as_json: Json = False) -> None:
         return
     for name, card in found.items():
         mpp = "µm/px unknown" if card.get("training_mpp") is None else f"{card['training_mpp']:g} µm/px"
-        print(f"{name:<24}{card.get('tile_size', 224)} px  {mpp:<14}  {card.get('licence', '')}")
+        print(f"{name:<26}{card.get('tile_size', 224):>4} px  {mpp:<14}  {card.get('licence', '')}")
 
 
 @app.command()
