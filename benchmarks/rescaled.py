@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     network = ws.load_network()
     off: dict[str, list[float]] = {"auto": [], "none": []}
-    silent = 0
+    silent = beyond = 0
     print(f"{'image':<26}{'profile':<9}{'scale':>24}" + "".join(f"{f'x {factor:.2f}':>24}" for factor in FACTORS))
     for name in drawn("monuseg slides", MONUSEG)[options.half]:
         image = Image.open(next((options.data / "patches" / "monuseg" / "images").glob(f"{name}*.png"))).convert("RGB")
@@ -56,7 +56,12 @@ def main() -> None:
                     silent += 1
                     cells.append(said(copy))
                     continue
-                found.append(float(np.log2(copy.scale / (own.scale * side / image.width))))
+                expected = own.scale * side / image.width
+                if expected < 1:  # finer than the copy's pixels: its finest is all that can be answered
+                    beyond += 1
+                    cells.append(f"beyond: {copy.scale:.3f}")
+                    continue
+                found.append(float(np.log2(copy.scale / expected)))
                 cells.append(f"{found[-1]:+.3f}")
             print(f"{name:<26}{profile:<9}{said(own):>24}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
     for profile, found in off.items():
@@ -65,7 +70,7 @@ def main() -> None:
             f"profile {profile}: {near.sum()} of {len(near)} copies within {WITHIN} octave, "
             f"median {np.median(np.abs(found)):.3f}, largest {np.abs(found).max():.3f}"
         )
-    print(f"{silent} copies without an estimate, or of an image without one")
+    print(f"{silent} copies without an estimate, or of an image without one; {beyond} whose pixels are too coarse for it")
 
 
 def asked(image: Image.Image, network: ws.Network, profile: str) -> ws.ScaleEstimate:
