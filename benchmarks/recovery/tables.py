@@ -259,13 +259,16 @@ def kind_table(records: Sequence[Record]) -> str:
         "covers best",
     )
     rows = []
-    for kind in [*dict.fromkeys((r.family, r.tags) for r in mine), ("all", "")]:
-        of_kind = [r for r in mine if (r.family, r.tags) == kind or kind[0] == "all"]
+    kinds: list[tuple[str, str] | None] = [*dict.fromkeys((r.family, r.tags) for r in mine), *([None] if mine else [])]
+    for kind in kinds:  # None: all of them
+        of_kind = [r for r in mine if kind is None or (r.family, r.tags) == kind]
         s, clear = summarised(of_kind), [r.scale is None for r in of_kind if r.clear]
         shown: list[tuple[object, str]] = [(s.abstained, "{:.0%}"), (len(clear), "{}"), (_mean(clear), "{:.0%}")]
         shown += [(s.regret, "{:.3f}"), (s.error_mean, "{:.2f}"), (s.error_median, "{:.2f}")]
         shown += [(s.near, "{:.0%}"), (s.train_mean, "{:.2f}"), (s.train_near, "{:.0%}"), (s.covered, "{:.0%}")]
-        rows.append([" ".join(part for part in kind if part), str(s.cases), *(_shown(value, form) for value, form in shown)])
+        rows.append(
+            [" ".join(part for part in kind or ("all",) if part), str(s.cases), *(_shown(value, form) for value, form in shown)]
+        )
     return markdown(titles, rows)
 
 
