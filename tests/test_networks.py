@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from wsiscale.analyzer import respond, response_bytes
 from wsiscale.errors import ModelError, OptionError
-from wsiscale.networks import Network, choose_device, import_torchvision, load_network
+from wsiscale.networks import Network, choose_device, import_torchvision, load_network, network_digest
 from wsiscale.scramble import phase_scramble, pixel_shuffle
 from wsiscale.types import ScaleResponse, ScaleStack
 
@@ -273,6 +273,13 @@ def test_of_several_answers_the_named_one_is_the_networks(named: bool, answer: s
 
     assert response.outputs is not None
     assert response.outputs.logits.shape[2] == 2
+
+
+def test_networks_that_differ_in_which_answer_counts_are_different_networks() -> None:
+    module = Several(named=False)
+    digests = {network_digest(load_network(module, name="n", tile_size=16, answer=answer)) for answer in (None, 1)}
+
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize(("named", "answer"), [(True, None), (True, "nuclei"), (False, 2), (False, "nucleus")])

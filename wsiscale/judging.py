@@ -120,7 +120,7 @@ def judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | N
         return no("boundary_optimum", detail, **found)
     if (split := _modes(octaves)) is not None:
         return no("bimodal", _two(split, response.slide_mpp), **found)
-    if joined and (kappa := _settled(response, best)) < SETTLED:
+    if joined and (kappa := _keeps_classes(response, best)) < SETTLED:
         detail = (
             "the classes that places have at the best scale and a quarter of an octave on agree too little (Cohen's kappa "
             f"{kappa:.2f}): the network answers by chance more than by tissue; give a profile or training tiles, or name a "
@@ -284,7 +284,7 @@ def identifies(response: ScaleResponse, best: float) -> bool:
     return response.outputs is None or of_pixels(response) or dispersed(response, best)
 
 
-def _settled(response: ScaleResponse, best: float) -> float:
+def _keeps_classes(response: ScaleResponse, best: float) -> float:
     """How far a small change of scale leaves places their class, -1..1; 1 where places have no class."""
     return 1.0 if response.outputs is None or of_pixels(response) else kept(response, best)
 

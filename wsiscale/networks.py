@@ -138,7 +138,16 @@ def network_digest(network: Network) -> str:
     """
     # Some modules print functions, and those their address.
     structure = re.sub(r"0x[0-9a-f]+", "", repr(network.module))
-    prepared = (network.mean, network.std, network.channels, network.value_range, network.output, network.layers)
+    prepared: tuple[object, ...] = (
+        network.mean,
+        network.std,
+        network.channels,
+        network.value_range,
+        network.output,
+        network.layers,
+    )
+    if network.answer is not None:
+        prepared = (*prepared, network.answer)
     digest = hashlib.sha256(repr((structure, prepared)).encode())
     for name, value in sorted(network.module.state_dict().items()):
         if isinstance(value, Tensor):
