@@ -148,9 +148,10 @@ def test_a_stack_is_its_single_views_to_within_rounding() -> None:
     assert stack.shape == (len(scales), 64, 64, 3)
     for view, plan in zip(stack, plans, strict=True):
         difference = view.astype(int) - resample(plan, windowed(image, plan))
-        # White noise is the worst there is: every pixel at a view's edge differs from the next.
-        assert np.abs(difference).max() <= (0 if plan.factor <= 16 else 5)
-        assert np.abs(difference).mean() <= 0.7
+        # White noise is the worst there is: every pixel at a box's edge differs from the next.
+        exact = plan.factor <= 5
+        assert np.abs(difference).max() <= (1 if exact else 20)  # 1: at a factor of 2 a single view rounds halves up
+        assert np.abs(difference).mean() <= (0.15 if exact else 4)
         assert abs(difference.mean()) < 0.05  # no scale is brighter
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from train_default import scanned
+from train_default import HARD, scanned
 
 from wsiscale.profile import save_profile
 from wsiscale.readers import ArrayReader
@@ -43,7 +43,7 @@ def main() -> None:
         yield from options.real
         for number in range(COUNT):
             mpp, side = KINDS[number % len(KINDS)]
-            yield procedural(SEED + number, mpp, side)
+            yield procedural(SEED + number, mpp, side, hard=number % 10 < 10 * HARD)
 
     made = profile_slides(
         slides(), places=PLACES, keep=options.keep, seed=0, told=lambda name, why: print(name, why or "", flush=True)
@@ -59,8 +59,8 @@ def main() -> None:
     print(f"{options.card}: {options.card.stat().st_size / 1000:.0f} kB")
 
 
-def procedural(seed: int, mpp: float, side: int) -> Reader:
-    image = slide_image(side, side, mpp, seed, stain=random_stain(seed))
+def procedural(seed: int, mpp: float, side: int, *, hard: bool) -> Reader:
+    image = slide_image(side, side, mpp, seed, stain=random_stain(seed), hard=hard)
     return ArrayReader(scanned(image, np.random.default_rng([seed, 5])), mpp=mpp, name=f"procedural-{seed}")
 
 

@@ -31,17 +31,18 @@ from torch import nn
 from wsiscale.default_network import NucleiNetwork
 from wsiscale.testing.procedural import Pigments, colour, random_stain, render
 
-SEED = 20240
+SEED = 20240  # of the network that is shipped
 MPP = 0.5  # where it is to work
 SIZE = 128  # px of a tile
 BATCH = 24
-STEPS = 2000
+STEPS = 3000
 FROZEN = 400  # of them at the end, with BatchNorm held
 SHARPNESS = 0.5  # octaves, standard deviation, of the target's fading
 MEAN, STD = (0.70, 0.50, 0.68), (0.20, 0.20, 0.20)  # of RGB / 255; the card says the same
 
 # (px on a side, µm/px, how many): fine ones for tiles up to 1 µm/px, wide ones beyond.
 FIELDS = ((1024, 0.25, 160), (2048, 0.5, 20))
+HARD = 0.6  # share of the fields with what makes real slides hard
 QUANTUM = 0.01  # of optical density, per step of a byte
 
 
@@ -49,14 +50,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoints and weights; outside the repository")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=SEED, help="another one shows how far training repeats itself")
     parser.add_argument("--install", action="store_true", help="copy the weights into the package when done")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    torch.manual_seed(SEED)
+    torch.manual_seed(arguments.seed)
 
-    fields = make_fields(arguments.out)
-    network = train(fields, arguments.out, steps=arguments.steps)
+    fields = make_fields(arguments.out, seed=arguments.seed)
+    network = train(fields, arguments.out, steps=arguments.steps, seed=arguments.seed)
     weights = arguments.out / "nuclei_default.safetensors"
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
     print(f"{weights}: {weights.stat().st_size / 1e6:.2f} MB, {sum(p.numel() for p in network.parameters())} parameters")
@@ -64,7 +66,7 @@ def main() -> None:
         shutil.copy(weights, Path(__file__).parents[1] / "wsiscale" / "cards" / weights.name)
 
 
-def train(fields: list[list[np.ndarray]], out: Path, *, steps: int) -> nn.Module:
+def train(fields: list[list[np.ndarray]], out: Path, *, steps: int, seed: int) -> nn.Module:
     network = NucleiNetwork().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1, weight_decay=1e-3)
     first, checkpoint = 0, out / "checkpoint.pt"
@@ -75,9 +77,9 @@ def train(fields: list[list[np.ndarray]], out: Path, *, steps: int) -> nn.Module
         first = saved["step"]
         print(f"going on from step {first}")
     started, losses = time.perf_counter(), []
-    for step, (tiles, targets) in enumerate(batches(fields, first, steps), first):
+    for step, (tiles, targets) in enumerate(batches(fields, first, steps, seed=seed), first):
         if step == max(steps - FROZEN, 0):
-            settle_batchnorm(network, fields)
+            settle_batchnorm(network, fields, seed=seed)
         network.train(step < steps - FROZEN)
         for group in optimiser.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -95,7 +97,7 @@ def train(fields: list[list[np.ndarray]], out: Path, *, steps: int) -> nn.Module
     return network.eval()
 
 
-def settle_batchnorm(network: nn.Module, fields: list[list[np.ndarray]]) -> None:
+def settle_batchnorm(network: nn.Module, fields: list[list[np.ndarray]], *, seed: int) -> None:
     """Statistics of tiles at the right scale alone: a fingerprint of the training scale, which a mixture of scales is not."""
     layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     for layer in layers:
@@ -104,7 +106,7 @@ def settle_batchnorm(network: nn.Module, fields: list[list[np.ndarray]]) -> None
     network.train()
     with torch.inference_mode():
         for number in range(40):
-            rng = np.random.default_rng([SEED, 2, number])
+            rng = np.random.default_rng([seed, 2, number])
             tiles = [tile(fields, rng, octaves=rng.normal(0, 0.1))[0] for _ in range(BATCH)]
             network(normalised(np.stack(tiles)))
     for layer in layers:
@@ -117,14 +119,16 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return F.binary_cross_entropy_with_logits(logit, targets)
 
 
-def batches(fields: list[list[np.ndarray]], first: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    fields: list[list[np.ndarray]], first: int, steps: int, *, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Step by step, each from its own seed, so that a resumed run sees what an unbroken one would have; made in threads."""
     threads = 2
     queues: list[Queue[tuple[torch.Tensor, torch.Tensor]]] = [Queue(4) for _ in range(threads)]
 
     def produce(part: int) -> None:
         for step in range(first + part, steps, threads):
-            rng = np.random.default_rng([SEED, 1, step])
+            rng = np.random.default_rng([seed, 1, step])
             made = [example(fields, rng) for _ in range(BATCH)]
             queues[part].put((normalised(np.stack([m[0] for m in made])), torch.from_numpy(np.stack([m[1] for m in made]))))
 
@@ -164,16 +168,17 @@ def tile(fields: list[list[np.ndarray]], rng: np.random.Generator, *, octaves: f
     y, x = rng.integers(level.shape[0] - side + 1, size=2)
     crop = level[y : y + side, x : x + side]
     crop = np.rot90(crop, int(rng.integers(4)))[:, :: rng.choice([-1, 1])].astype(np.float32)
-    amounts = np.moveaxis(crop[..., :3] * QUANTUM, 2, 0)
+    haematoxylin, eosin, blood, ink = np.moveaxis(crop[..., :4] * QUANTUM, 2, 0)
     stain = random_stain(int(rng.integers(2**31)))
-    image = colour(Pigments(*amounts, nuclei=np.zeros(0, np.int32)), stain, mpp=field_mpp, seed=int(rng.integers(2**31)))
+    pigments = Pigments(haematoxylin, eosin, blood, np.zeros(0, np.int32), ink)
+    image = colour(pigments, stain, mpp=field_mpp, seed=int(rng.integers(2**31)))
 
     exact = SIZE * mpp / field_mpp  # px of the field that the tile covers
     box = ((side - exact) / 2, (side - exact) / 2, (side + exact) / 2, (side + exact) / 2)
     # Boxes are area means; where the tile is finer than the field it is interpolated, as upsampling a slide would.
     kernel = Image.Resampling.BOX if mpp > field_mpp else Image.Resampling.BILINEAR
     image = np.asarray(Image.fromarray(image).resize((SIZE, SIZE), kernel, box=box))
-    share = Image.fromarray(crop[..., 3] / 255).resize((SIZE, SIZE), kernel, box=box)
+    share = Image.fromarray(crop[..., 4] / 255).resize((SIZE, SIZE), kernel, box=box)
     return scanned(image, rng), (np.asarray(share) > 0.5).astype(np.float32)
 
 
@@ -210,9 +215,9 @@ def no_tissue(rng: np.random.Generator) -> np.ndarray:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def make_fields(out: Path) -> list[list[np.ndarray]]:
-    """Each field as its octave mips of bytes (H, W, 4): haematoxylin, eosin, blood in QUANTUM, nucleus 0 or 255."""
-    jobs = [(size, mpp, number) for size, mpp, count in FIELDS for number in range(count)]
+def make_fields(out: Path, *, seed: int) -> list[list[np.ndarray]]:
+    """Each field as its octave mips of bytes (H, W, 5): haematoxylin, eosin, blood, ink in QUANTUM, nucleus 0 or 255."""
+    jobs = [(size, mpp, number, seed) for size, mpp, count in FIELDS for number in range(count)]
     cached = out / "fields.npz"
     if not cached.exists():
         started = time.perf_counter()
@@ -225,9 +230,11 @@ def make_fields(out: Path) -> list[list[np.ndarray]]:
     return [_mips(f) for f in finest]
 
 
-def field(size: int, mpp: float, number: int) -> np.ndarray:
-    pigments = render(size, size, mpp=mpp, seed=SEED * 1000 + number + (500 if mpp == FIELDS[1][1] else 0))
-    stains = np.stack([pigments.haematoxylin, pigments.eosin, pigments.blood], axis=2) / QUANTUM
+def field(size: int, mpp: float, number: int, seed: int) -> np.ndarray:
+    hard = number % 10 < 10 * HARD
+    pigments = render(size, size, mpp=mpp, seed=seed * 1000 + number + (500 if mpp == FIELDS[1][1] else 0), hard=hard)
+    ink = np.zeros_like(pigments.blood) if pigments.ink is None else pigments.ink
+    stains = np.stack([pigments.haematoxylin, pigments.eosin, pigments.blood, ink], axis=2) / QUANTUM
     nucleus = (pigments.nuclei > 0)[..., None] * 255.0
     return np.clip(np.concatenate([stains, nucleus], axis=2) + 0.5, 0, 255).astype(np.uint8)
 
@@ -236,7 +243,7 @@ def _mips(finest: np.ndarray) -> list[np.ndarray]:
     levels = [finest]
     while levels[-1].shape[0] > 256:
         n = levels[-1].shape[0] // 2
-        levels.append((levels[-1].reshape(n, 2, n, 2, 4).mean(axis=(1, 3)) + 0.5).astype(np.uint8))
+        levels.append((levels[-1].reshape(n, 2, n, 2, levels[-1].shape[2]).mean(axis=(1, 3)) + 0.5).astype(np.uint8))
     return levels
 
 

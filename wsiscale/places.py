@@ -113,9 +113,9 @@ def sample_places(tissue: Tissue, count: int = 64, *, seed: int = 0, field: floa
         winner = tried[distance.argmax()]
         chosen = np.concatenate([chosen, left[winner : winner + 1]])
         left = np.delete(left, winner, axis=0) if len(left) < 4 * count else _swap_out(left, int(winner))
-    # The last mask pixel may reach beyond the slide.
-    places: NDArray[np.float64] = np.minimum((chosen + rng.random(chosen.shape)) * tissue.step, np.array(tissue.shape, float))
-    return places
+    # Whole pixels, so that all places share the weights that resample them. The last mask pixel may reach beyond the slide.
+    places: NDArray[np.float64] = np.floor((chosen + rng.random(chosen.shape)) * tissue.step)
+    return np.asarray(np.minimum(places, tissue.shape), np.float64)
 
 
 def _swap_out(rows: NDArray[np.int64], index: int) -> NDArray[np.int64]:

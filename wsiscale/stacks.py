@@ -12,7 +12,10 @@ from wsiscale.errors import OptionError
 from wsiscale.geometry import centered_view, check_upsampling, level_for, plan_read, scale_for_mpp
 from wsiscale.resample import resample_stack
 from wsiscale.types import Reader, ScaleStack
-from wsiscale.views import MAX_WINDOW, read_view
+from wsiscale.views import read_view
+
+# Of more px than this, 192 MB, no window is held: each view is then read by itself.
+MAX_WINDOW = 64_000_000
 
 
 def scale_stack(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +16,8 @@ from wsiscale.geometry import View, plan_read
 from wsiscale.resample import blocks, resample
 from wsiscale.types import Reader, TileGrid
 
-# A window larger than this is read and resampled piece by piece: 64 MP is 192 MB of pixels.
-MAX_WINDOW = 64_000_000
+# A window of more px than this is read and resampled piece by piece: 24 MB of pixels.
+MAX_WINDOW = 8_000_000
 
 
 def read_view(slide: Reader, view: View, *, level: int | None = None) -> NDArray[np.uint8]:
@@ -30,14 +34,35 @@ def read_view(slide: Reader, view: View, *, level: int | None = None) -> NDArray
     return pixels
 
 
-def read_tiles(slide: Reader, grid: TileGrid, *, batch: int = 64) -> Iterator[NDArray[np.uint8]]:
-    """The tiles of `grid` in grid order, `batch` at a time: (B, size, size, 3); the last batch may be smaller."""
-    for start in range(0, len(grid), batch):
-        tiles = [
-            read_view(slide, View(y=float(y), x=float(x), height=grid.size, width=grid.size, scale=grid.scale))
-            for y, x in grid.origins[start : start + batch]
-        ]
-        yield np.stack(tiles)
+def read_tiles(slide: Reader, grid: TileGrid, *, batch: int = 64, threads: int | None = None) -> Iterator[NDArray[np.uint8]]:
+    """The tiles of `grid` in grid order, `batch` at a time: (B, size, size, 3); the last batch may be smaller.
+
+    `threads` read ahead, at most two batches (None: one a core that this process may use); memory does not grow with the slide.
+    """
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+
+    def read(number: int) -> NDArray[np.uint8]:
+        y, x = grid.origins[number].tolist()
+        return read_view(slide, View(y=y, x=x, height=grid.size, width=grid.size, scale=grid.scale))
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool:
+        starts = iter(range(0, len(grid), batch))
+        ahead = deque(_submitted(pool, read, start, len(grid), batch) for start in itertools.islice(starts, 2))
+        try:
+            while ahead:
+                tiles = np.empty((len(ahead[0]), grid.size, grid.size, 3), np.uint8)
+                for place, future in zip(tiles, ahead.popleft(), strict=True):
+                    place[:] = future.result()
+                ahead.extend(_submitted(pool, read, start, len(grid), batch) for start in itertools.islice(starts, 1))
+                yield tiles
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _submitted(
+    pool: ThreadPoolExecutor, read: Callable[[int], NDArray[np.uint8]], start: int, end: int, batch: int
+) -> list[Future[NDArray[np.uint8]]]:
+    return [pool.submit(read, number) for number in range(start, min(start + batch, end))]
 
 
 def thumbnail(slide: Reader, *, step: float) -> NDArray[np.uint8]:

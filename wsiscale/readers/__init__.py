@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsiscale.errors import OptionError, SlideError
 from wsiscale.readers.array import ArrayReader
-from wsiscale.readers.files import check_file, one_line, tiff_header
+from wsiscale.readers.files import FileReader, check_file, one_line, tiff_header
 from wsiscale.types import Reader
 
 __all__ = ["READERS", "ArrayReader", "open_slide"]
 
-READERS = ("auto", "openslide", "tiffslide", "dicom")
+READERS = ("auto", "jpegtiff", "openslide", "tiffslide", "dicom")
 
 _SPECIFIC = ("UNSUPPORTED_COMPRESSION", "MISSING_EXTRA")
 
@@ -26,7 +28,8 @@ def open_slide(
     """A slide from a file, from an (H, W, 3) uint8 array in memory, or a Reader as it is.
 
     `mpp` is the µm/px of level 0, and overrides what the file says. "auto" tries OpenSlide, then TiffSlide, then DICOM;
-    OME-TIFF goes to TiffSlide first, because OpenSlide sees neither its levels nor its scale. Raises SlideError (NOT_FOUND,
+    OME-TIFF goes to TiffSlide first, because OpenSlide sees neither its levels nor its scale. Where the file is a plain grid of
+    TIFF tiles, "jpegtiff" then reads the pixels in its place, the same ones and faster. Raises SlideError (NOT_FOUND,
     IS_DIRECTORY, EMPTY, NOT_A_SLIDE, NOT_RGB8, TOO_LARGE, UNSUPPORTED_COMPRESSION, MISSING_EXTRA), OptionError.
     """
     if reader not in READERS:
@@ -42,6 +45,14 @@ def open_slide(
         raise SlideError(f"{file} is a folder without DICOM files; give a slide file", code="IS_DIRECTORY")
     if reader != "auto":
         return _open(reader, file, mpp)
+    with suppress(SlideError):
+        if not file.is_dir() and tiff_header(file) is not None:
+            return _open("jpegtiff", file, mpp)
+    return compatible(file, mpp=mpp)
+
+
+def compatible(file: Path, *, mpp: float | None = None) -> FileReader[Any]:
+    """The slide through the first compatibility reader that opens it. Raises SlideError."""
     refusals: list[SlideError] = []
     candidates = _candidates(file)
     for candidate in candidates:
@@ -66,10 +77,14 @@ def _candidates(file: Path) -> list[str]:
     return ["openslide", "dicom"] if file.suffix.lower() == ".dcm" else ["openslide"]
 
 
-def _open(reader: str, file: Path, mpp: float | None) -> Reader:
+def _open(reader: str, file: Path, mpp: float | None) -> FileReader[Any]:
     # Imported here: each brings a native library, and `import wsiscale` needs none of them.
     if file.is_dir() and reader != "dicom":
         raise SlideError(f"{file} is a folder, which {reader} does not open; give a slide file", code="IS_DIRECTORY")
+    if reader == "jpegtiff":
+        from wsiscale.readers.jpegtiff import JpegTiffReader
+
+        return JpegTiffReader(file, mpp=mpp)
     if reader == "openslide":
         from wsiscale.readers.openslide import OpenSlideReader
 

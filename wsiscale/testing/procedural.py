@@ -32,6 +32,7 @@ EOSIN = (0.072, 0.990, 0.105)
 _GREYER = (0.58, 0.72, 0.38)
 _REDDER = (0.22, 0.82, 0.52)
 RED_CELL = (0.12, 0.82, 0.56)
+INKS = ((0.75, 0.30, 0.55), (0.80, 0.55, 0.12), (0.60, 0.60, 0.60))  # green, blue, black
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Stain:
     haematoxylin: tuple[float, float, float] = (0.63, 0.71, 0.31)  # optical density of red, green, blue, any length
     eosin: tuple[float, float, float] = (0.13, 0.92, 0.28)
     strengths: tuple[float, float] = (1.0, 1.0)  # of haematoxylin and of eosin
+    ink: tuple[float, float, float] = INKS[0]
     light: tuple[float, float, float] = (245.0, 244.0, 247.0)  # grey levels of empty glass
     blur: float = 0.2  # µm, standard deviation of the optics
     noise: float = 1.5  # grey levels, standard deviation at every pixel
@@ -58,6 +60,7 @@ def random_stain(seed: int) -> Stain:
         haematoxylin=(turned[0][0], turned[0][1], turned[0][2]),
         eosin=(turned[1][0], turned[1][1], turned[1][2]),
         strengths=(float(np.exp(rng.normal(0, 0.25))), float(np.exp(rng.normal(0, 0.35)))),
+        ink=INKS[seed % len(INKS)],
         light=(float(light[0]), float(light[1]), float(light[2])),
         blur=float(rng.uniform(0.1, 0.45)),
         noise=float(rng.uniform(0.5, 3.5)),
@@ -65,22 +68,34 @@ def random_stain(seed: int) -> Stain:
 
 
 def tissue(
-    height: int, width: int, *, mpp: float, seed: int, stain: Stain | None = None
+    height: int, width: int, *, mpp: float, seed: int, stain: Stain | None = None, hard: bool = False
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Tissue at `mpp`: RGB (height, width, 3), and which nucleus each pixel belongs to, 0 for none: (height, width)."""
+    """Tissue at `mpp`: RGB (height, width, 3), and which nucleus each pixel belongs to, 0 for none: (height, width).
+
+    `hard` tissue may also hold what makes real slides so: tumours, dark or foamy cytoplasm, fat, keratin, torn collagen, folds
+    and pen.
+    """
     times = max(1, math.ceil(mpp / FINE - 1e-9))
-    pigments = render(height * times, width * times, mpp=mpp / times, seed=seed)
+    pigments = render(height * times, width * times, mpp=mpp / times, seed=seed, hard=hard)
     image = colour(pigments, stain or Stain(), mpp=mpp / times, times=times, seed=seed)
     return image, pigments.nuclei[times // 2 :: times, times // 2 :: times].copy()
 
 
-def slide_image(height: int, width: int, mpp: float, seed: int, *, stain: Stain | None = None) -> NDArray[np.uint8]:
+def slide_image(
+    height: int, width: int, mpp: float, seed: int, *, stain: Stain | None = None, hard: bool = False
+) -> NDArray[np.uint8]:
     """A slide: two pieces of tissue with irregular outlines on glass, (height, width, 3). The outline scales with the slide."""
     times = max(1, math.ceil(mpp / FINE - 1e-9))
     fine, h, w = mpp / times, height * times, width * times
     there = _outline(h, w, mpp=fine, seed=seed)
-    full = render(h, w, mpp=fine, seed=seed)
-    pigments = Pigments(full.haematoxylin * there, full.eosin * there, full.blood * there, full.nuclei * (there > 0.5))
+    full = render(h, w, mpp=fine, seed=seed, hard=hard)
+    pigments = replace(
+        full,
+        haematoxylin=full.haematoxylin * there,
+        eosin=full.eosin * there,
+        blood=full.blood * there,
+        nuclei=full.nuclei * (there > 0.5),
+    )
     return colour(pigments, stain or Stain(), mpp=fine, times=times, seed=seed)
 
 
@@ -95,6 +110,7 @@ class Pigments:
     eosin: Floats  # (H, W)
     blood: Floats  # (H, W)
     nuclei: NDArray[np.int32]  # (H, W) which nucleus, 0 for none
+    ink: Floats | None = None  # (H, W) of a pen on the cover slip
 
 
 @dataclass(frozen=True)
@@ -115,9 +131,37 @@ class _Recipe:
     granular: float  # contrast of the fine texture
     size: float  # of all nuclei, relative
     vesicular: float  # 0 dense chromatin .. 1 pale nuclei with a membrane
+    # What only hard tissue has: 0 is none of it.
+    atypia: float = 0.0  # larger, more varied, more irregular epithelial nuclei with coarse chromatin and several nucleoli
+    foam: float = 0.0  # how empty the vacuoles of the cytoplasm are
+    keratin: float = math.inf  # noise level above which the stroma is one dense mass
+    torn: float = 0.0  # share of the stroma between its bundles that is missing
+    fat: float = math.inf  # noise level above which fat cells replace all else
+    fold: float = 0.0  # how much denser tissue is where it lies double
+    ink: float = 0.0  # optical density of a pen's stroke
 
 
-def _recipe(seed: int) -> _Recipe:
+def _recipe(seed: int, *, hard: bool = False) -> _Recipe:
+    recipe = _plain_recipe(seed)
+    if not hard:
+        return recipe
+    rng = np.random.default_rng([seed, 13])
+    has = rng.random(8) < (0.65, 0.25, 0.3, 0.5, 0.15, 0.2, 0.12, 0.4)
+    return replace(
+        recipe,
+        atypia=has[0] * rng.uniform(0.2, 1.0),
+        foam=has[1] * rng.uniform(0.4, 1.0),
+        keratin=rng.uniform(0.4, 1.3) if has[2] else math.inf,
+        torn=has[3] * rng.uniform(0.3, 1.0),
+        fat=rng.uniform(0.0, 0.8) if has[4] else math.inf,
+        fold=has[5] * rng.uniform(0.5, 1.2),
+        ink=has[6] * rng.uniform(0.2, 1.0),
+        basophilia=recipe.basophilia + has[7] * rng.uniform(0.05, 0.30),
+        stromal=recipe.stromal * rng.uniform(0.6, 2.5),
+    )
+
+
+def _plain_recipe(seed: int) -> _Recipe:
     rng = np.random.default_rng([seed, 3])
     return _Recipe(
         glands=rng.uniform(0.3, 0.95),
@@ -138,14 +182,14 @@ def _recipe(seed: int) -> _Recipe:
 
 
 # Every noise field of a tissue has its own layer, so that no two share their randomness.
-(_SHEETS, _LYMPH, _VESSEL, _CLEFT, _WAVE, _WALL, _FLOW, _GRAIN, _CHROMATIN, _CLOUD, _GLAND, _NUCLEUS, _RED) = (
-    1000 * i for i in range(1, 14)
+(_SHEETS, _LYMPH, _VESSEL, _CLEFT, _WAVE, _WALL, _FLOW, _GRAIN, _CHROMATIN, _CLOUD, _GLAND, _NUCLEUS, _RED, _HARD) = (
+    1000 * i for i in range(1, 15)
 )
 
 
-def render(height: int, width: int, *, mpp: float, seed: int) -> Pigments:
+def render(height: int, width: int, *, mpp: float, seed: int, hard: bool = False) -> Pigments:
     """The stains in a window of tissue, (height, width), rendered at `mpp` as it is: alias-free up to 0.5 µm/px."""
-    recipe = _recipe(seed)
+    recipe = _recipe(seed, hard=hard)
     window = _Window(height, width, mpp, seed)
     nuclei = _nuclei(window, recipe)
 
@@ -172,22 +216,90 @@ def render(height: int, width: int, *, mpp: float, seed: int) -> Pigments:
     haematoxylin = epithelium * cytoplasm * recipe.basophilia * (1 + 0.3 * grain + 0.15 * cloud)
     haematoxylin += stroma * (0.03 + 0.01 * grain) * (1 - torn)
     blood = np.zeros((height, width), np.float32)
+    if hard:
+        eosin, haematoxylin = _degraded(eosin, haematoxylin, stroma, epithelium, fibre, window, recipe)
     del depth, lumen, sheet, lymph, vessel, cleft, parts
 
     _paint_red_cells(blood, window, recipe)
     labels = _paint_nuclei(haematoxylin, eosin, blood, window, nuclei)
-    return Pigments(np.maximum(haematoxylin, 0), np.maximum(eosin, 0), blood, labels)
+    pigments = Pigments(np.maximum(haematoxylin, 0), np.maximum(eosin, 0), blood, labels)
+    return _covered(pigments, window, recipe) if hard else pigments
+
+
+def _degraded(
+    eosin: Floats,
+    haematoxylin: Floats,
+    stroma: Floats,
+    epithelium: Floats,
+    fibre: NDArray[np.floating],
+    window: _Window,
+    recipe: _Recipe,
+) -> tuple[Floats, Floats]:
+    """Eosin and haematoxylin between the nuclei of hard tissue: keratin, torn collagen, foam, fat."""
+    if recipe.keratin < math.inf:
+        mass = stroma * _step(window.noise(_HARD, 80.0) - recipe.keratin, 0.1)
+        streaks = 1 + 0.15 * window.noise(_HARD + 1, 3.0) + 0.2 * fibre
+        eosin = eosin * (1 - mass) + 0.75 * mass * streaks
+        haematoxylin = haematoxylin + 0.1 * mass
+    if recipe.torn:
+        # Gaps run along the fibres, where these are thinnest.
+        loose = window.noise(_HARD + 2, 45.0) + 0.5 * window.noise(_HARD + 3, 12.0)
+        gap = stroma * _step(recipe.torn * (1 + loose) - 1 - 0.8 * fibre, 0.3)
+        eosin, haematoxylin = eosin * (1 - 0.95 * gap), haematoxylin * (1 - gap)
+    if recipe.foam:
+        bubble = _step(window.noise(_HARD + 4, 2.6) + 0.5 * window.noise(_HARD + 5, 1.5) - 0.1, 0.8)
+        hollow = 1 - recipe.foam * epithelium * bubble
+        eosin, haematoxylin = eosin * hollow, haematoxylin * hollow
+    if recipe.fat < math.inf:
+        inside, wall = _fat(window, recipe)
+        eosin = eosin * (1 - inside) + inside * 0.35 * wall
+        haematoxylin = haematoxylin * (1 - inside)
+    return eosin, haematoxylin
+
+
+def _fat(window: _Window, recipe: _Recipe) -> tuple[Floats, Floats]:
+    """Where fat cells are, and their walls, both (H, W)."""
+    y, x = window.coarse()
+    inside = window.upsampled(_step(_fat_field(window.seed, y, x) - recipe.fat, 0.06).astype(np.float64))
+    lattice = window.coarse(_CELL_STEP)
+    spacing = 62.0  # µm
+    rows, columns = (np.arange(-2, math.ceil(e / spacing) + 3) for e in window.extent)
+    iy, ix = (i.ravel() for i in np.meshgrid(rows, columns, indexing="ij"))
+    jitter = [_uniform(window.seed, _HARD + 20 + k, iy, ix) for k in range(2)]
+    cells = np.stack([(iy + 0.8 * jitter[0]) * spacing, (ix + 0.8 * jitter[1]) * spacing], axis=1)
+    points = np.stack([lattice[0].ravel(), lattice[1].ravel()], axis=1)
+    near, second = np.asarray(spatial.cKDTree(cells).query(points, k=2)[0]).T.reshape(2, *lattice[0].shape)
+    border = window.upsampled((second - near) / 2, _CELL_STEP)
+    return inside, np.asarray(np.exp(-((border / 1.2) ** 2)), np.float32)
+
+
+def _fat_field(seed: int, y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _noise_at(seed, _HARD + 6, 150.0, y, x)
+
+
+def _covered(pigments: Pigments, window: _Window, recipe: _Recipe) -> Pigments:
+    """Tissue that lies double in folds, and a pen's strokes over it."""
+    if recipe.fold:
+        ridge = np.exp(-((window.noise(_HARD + 7, 160.0) / 0.12) ** 2))  # bands along the level 0 of a slow field
+        denser = 1 + recipe.fold * ridge
+        pigments = replace(pigments, haematoxylin=pigments.haematoxylin * denser, eosin=pigments.eosin * denser)
+    if recipe.ink:
+        stroke = _step(0.5 - np.abs(window.noise(_HARD + 8, 300.0) - 0.6), 0.08) * (0.8 + 0.2 * window.noise(_HARD + 9, 5.0))
+        pigments = replace(pigments, ink=np.asarray(recipe.ink * np.maximum(stroke, 0), np.float32))
+    return pigments
 
 
 def colour(pigments: Pigments, stain: Stain, *, mpp: float, times: int = 1, seed: int = 0) -> NDArray[np.uint8]:
     """Light through the stains (Beer-Lambert), blurred, averaged over `times` x `times` pixels, with sensor noise: RGB."""
-    vectors = [np.array(v) / np.linalg.norm(v) for v in (stain.haematoxylin, stain.eosin, RED_CELL)]
+    vectors = [np.array(v) / np.linalg.norm(v) for v in (stain.haematoxylin, stain.eosin, RED_CELL, stain.ink)]
     amounts = [pigments.haematoxylin * stain.strengths[0], pigments.eosin * stain.strengths[1], pigments.blood]
+    if pigments.ink is not None:
+        amounts.append(pigments.ink)
     height, width = (n // times for n in pigments.eosin.shape)
     rng = np.random.default_rng([seed, 11])
     image = np.empty((height, width, 3), np.uint8)
     for channel in range(3):
-        density = sum(float(v[channel]) * a for v, a in zip(vectors, amounts, strict=True))
+        density = sum(float(v[channel]) * a for v, a in zip(vectors, amounts, strict=False))
         light = stain.light[channel] * np.exp(-math.log(10) * np.asarray(density, np.float32))
         if stain.blur / mpp > 0.2:
             light = ndimage.gaussian_filter(light, stain.blur / mpp, truncate=3)
@@ -294,6 +406,9 @@ class _Nuclei:
     membrane: NDArray[np.float64]  # extra density at the rim
     clumping: NDArray[np.float64]  # of chromatin
     nucleolus: NDArray[np.float64]  # its density, 0 for none
+    nucleoli: NDArray[np.int64]  # how many
+    ragged: NDArray[np.float64]  # irregularity of the outline, relative
+    coarse: NDArray[np.float64]  # 0 fine chromatin .. 1 coarse
     shape: NDArray[np.float64]  # (N, 2) phases of the outline's irregularity
     number: NDArray[np.int64]
 
@@ -311,6 +426,11 @@ def _nuclei(window: _Window, recipe: _Recipe) -> _Nuclei:
     in_gland = (depth > 3.5) & (lumen > 5.0)
     in_sheet = (depth < -1) & (sheet > 0)
     in_stroma = (depth < -3) & (sheet < -0.03) & (cleft < 0)
+    if recipe.keratin < math.inf:
+        in_stroma &= _noise_at(seed, _HARD, 80.0, y, x) < recipe.keratin
+    if recipe.fat < math.inf:
+        lean = _fat_field(seed, y, x) < recipe.fat
+        in_gland, in_sheet, in_stroma = in_gland & lean, in_sheet & lean, in_stroma & lean
     crowd = (lymph > 0) & (in_stroma | in_sheet) & (u[2] < 0.9)
     epithelial = (in_gland | in_sheet) & ~crowd
     used = crowd | (epithelial & (u[3] < recipe.crowding)) | (in_stroma & ~crowd & (u[3] < recipe.stromal))
@@ -322,7 +442,9 @@ def _nuclei(window: _Window, recipe: _Recipe) -> _Nuclei:
     kind = np.where(crowd, 0, np.where(epithelial, np.where(depth > 0, 1, 2), 3))
     mean, spread = np.array([3.2, 4.5, 4.9, 5.3])[kind], np.array([0.07, 0.13, 0.2, 0.2])[kind]
     low, high = np.array([0.82, 0.58, 0.65, 0.24])[kind], np.array([1.0, 0.85, 0.95, 0.48])[kind]
-    long = np.clip(mean * np.exp(spread * normal), 2.6, 8.5) * recipe.size
+    tumour = recipe.atypia * np.array([0.0, 1.0, 1.0, 0.2])[kind]
+    mean, spread = mean * (1 + 0.35 * tumour), spread + 0.1 * tumour
+    long = np.clip(mean * np.exp(spread * normal), 2.6, 8.5 + 3 * recipe.atypia) * recipe.size
     short = long * (low + (high - low) * u[5])
 
     toward = _gradient_angle(seed, _FLOW, 70.0, y, x)
@@ -339,8 +461,11 @@ def _nuclei(window: _Window, recipe: _Recipe) -> _Nuclei:
         angle=angle,
         density=(np.array([0.95, 0.72, 0.68, 0.82])[kind] - 0.36 * pale) * (0.85 + 0.3 * u[8]),
         membrane=0.30 * pale + 0.05,
-        clumping=np.array([0.30, 0.24, 0.30, 0.14])[kind] * (0.7 + 0.6 * u[9]),
-        nucleolus=np.where((kind != 0) & (u[10] < 0.75 * pale), 0.35, 0.0),
+        clumping=np.array([0.30, 0.24, 0.30, 0.14])[kind] * (0.7 + 0.6 * u[9]) * (1 + 0.6 * tumour),
+        nucleolus=np.where((kind != 0) & (u[10] < np.maximum(0.75 * pale, 0.8 * tumour)), 0.35 + 0.25 * tumour, 0.0),
+        nucleoli=1 + np.floor(2.99 * tumour * u[9]).astype(np.int64),
+        ragged=1 + 0.8 * tumour,
+        coarse=tumour * (0.3 + 0.7 * u[8]),
         shape=2 * math.pi * np.stack([u[11], u[6]], axis=1),
         number=np.arange(1, len(keep) + 1),
     )
@@ -405,8 +530,9 @@ def _paint_nuclei(haematoxylin: Floats, eosin: Floats, blood: Floats, window: _W
     fine = window.noise(_CHROMATIN, 0.75) * min(1.0, 0.75 / mpp)
     texture = 0.55 * fine + 0.75 * window.noise(_CHROMATIN + 1, 1.7)  # (H, W)
     soft = max(mpp, 0.45)  # µm over which an edge rises
+    clods = window.noise(_CHROMATIN + 2, 2.6) if nuclei.coarse.any() else None
     columns = zip(*(getattr(nuclei, name) for name in _Nuclei.__dataclass_fields__), strict=True)
-    for y, x, long, short, angle, density, membrane, clumping, nucleolus, shape, number in columns:
+    for y, x, long, short, angle, density, membrane, clumping, nucleolus, nucleoli, ragged, coarse, shape, number in columns:
         top, left = max(0, math.floor((y - 1.25 * long) / mpp)), max(0, math.floor((x - 1.25 * long) / mpp))
         bottom, right = max(0, math.ceil((y + 1.25 * long) / mpp)), max(0, math.ceil((x + 1.25 * long) / mpp))
         box = np.s_[top:bottom, left:right]
@@ -417,14 +543,16 @@ def _paint_nuclei(haematoxylin: Floats, eosin: Floats, blood: Floats, window: _W
         dx = ((left + 0.5 + np.arange(w, dtype=np.float32)) * mpp - x)[None, :]
         along, across = dx * math.cos(angle) + dy * math.sin(angle), dy * math.cos(angle) - dx * math.sin(angle)
         around = np.arctan2(across / short, along / long)
-        outline = 1 + 0.06 * np.cos(2 * around + shape[0]) + 0.045 * np.cos(3 * around + shape[1])
+        outline = 1 + ragged * (0.06 * np.cos(2 * around + shape[0]) + 0.045 * np.cos(3 * around + shape[1]))
         inwards = (1 - np.hypot(along / long, across / short) / outline) * short  # µm below the membrane
         there = np.clip(inwards / soft + 0.5, 0, 1)
         rim = np.exp(-(((inwards - 0.4) / max(0.45, mpp)) ** 2))
-        amount = density * (1 + clumping * texture[box]) + membrane * rim
-        if nucleolus:
-            spot = (along - 0.35 * long * math.cos(shape[0])) ** 2 + (across - 0.35 * short * math.sin(shape[0])) ** 2
-            amount = amount + nucleolus * np.exp(-spot / 0.55**2)
+        chromatin = texture[box] if clods is None else texture[box] + 0.8 * coarse * clods[box]
+        amount = density * (1 + clumping * chromatin) + membrane * rim
+        for k in range(nucleoli if nucleolus else 0):
+            phase = shape[0] + 2.1 * k
+            spot = (along - 0.35 * long * math.cos(phase)) ** 2 + (across - 0.35 * short * math.sin(phase)) ** 2
+            amount = amount + nucleolus * np.exp(-spot / (0.55 + 0.4 * coarse) ** 2)
         haematoxylin[box] = np.maximum(haematoxylin[box], there * np.maximum(amount, 0.15))
         # A section is thicker than a nucleus: some cytoplasm always lies above or below it.
         eosin[box] *= 1 - 0.55 * there
@@ -442,6 +570,8 @@ def _paint_red_cells(blood: Floats, window: _Window, recipe: _Recipe) -> None:
     y, x = (iy + 0.5 + 0.7 * (u[0] - 0.5)) * spacing, (ix + 0.5 + 0.7 * (u[1] - 0.5)) * spacing
     depth, _, sheet, _, vessel, _ = _compartments(window.seed, recipe, y, x)
     used = (vessel > 0) & (depth < -4) & (sheet < -0.05) & (u[2] < 0.85)
+    if recipe.fat < math.inf:
+        used &= _fat_field(window.seed, y, x) < recipe.fat
     soft = max(mpp, 0.4)
     for cy, cx, r in zip(y[used], x[used], 2.8 + 0.7 * u[3][used], strict=True):
         top, left = max(0, math.floor((cy - r - 1) / mpp)), max(0, math.floor((cx - r - 1) / mpp))

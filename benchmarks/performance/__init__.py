@@ -1,0 +1,1 @@
+"""How fast, against what is physically possible and against the tools people use: `make bench`."""

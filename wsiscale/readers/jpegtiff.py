@@ -1,0 +1,216 @@
+"""Tiled TIFF slides read tile by tile: compressed bytes straight from the file, each decoded once, no canvas in between.
+
+Most scanners' files are TIFF with plain grids of JPEG or JPEG 2000 tiles. What such a file says of itself (levels, scale,
+vendor) is left to the compatibility readers, OpenSlide or TiffSlide; this one only fetches their pixels, at about a quarter of
+OpenSlide's cost. Files that are not of this kind it refuses, and `open_slide` stays with the compatibility reader.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from wsiscale.errors import SlideError
+from wsiscale.readers.files import BROKEN_FILE, FileReader, Scan, one_line, tiff_header
+
+# Decoded tiles that are kept, in bytes: two rows of 256 px tiles of a slide 40,000 px wide.
+CACHE = 64_000_000
+
+# Vendors whose levels are plain grids of tiles without overlap.
+PLAIN = ("aperio", "generic-tiff")
+
+
+class JpegTiffReader(FileReader["_Tiff"]):
+    """A tiled TIFF, its tiles decoded by libjpeg-turbo and its kin. Reads may come from several threads at once."""
+
+    name = "jpegtiff"
+
+    def _open(self, path: str) -> _Tiff:
+        if tiff_header(Path(path)) is None:
+            raise SlideError(f"{self._source.name}: jpegtiff does not open it (not a TIFF file); leave the reader to auto")
+        try:
+            return _Tiff(path)
+        except BROKEN_FILE as error:
+            raise SlideError(f"{self._source.name}: jpegtiff does not open it ({one_line(error)})") from error
+
+    def _describe(self, handle: _Tiff) -> Scan:
+        scan = described(Path(str(self._source.path)))
+        if scan.vendor not in PLAIN:
+            raise SlideError(f"{self._source.name}: {scan.vendor} slides are not one plain grid of tiles a level")
+        for number, shape in enumerate(scan.shapes):
+            grid = handle.grids.get(shape)
+            if grid is None:
+                raise SlideError(f"{self._source.name}: level {number} is not stored as plain 8-bit RGB tiles")
+            if number and not grid.sizes.all():
+                # OpenSlide makes a tile that is missing from a coarser level of the finer one.
+                raise SlideError(f"{self._source.name}: level {number} lacks tiles")
+        return scan
+
+    def _read_into(self, pixels: NDArray[np.uint8], *, level: int, y: int, x: int) -> None:
+        handle = self._opened()
+        grid = handle.grids[self._pyramid.shapes[level]]
+        height, width = pixels.shape[:2]
+        for number, top, left in grid.touching(y, x, height, width):
+            try:
+                tile = handle.tile(grid, number)
+            except BROKEN_FILE as error:
+                raise self._failed(error, level=level, y=top, x=left, shape=grid.tile) from error
+            if tile is None:
+                continue  # not scanned: it stays white
+            y0, x0 = max(y, top), max(x, left)
+            y1, x1 = min(y + height, top + grid.tile[0]), min(x + width, left + grid.tile[1])
+            pixels[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+def described(file: Path) -> Scan:
+    """What the compatibility readers say of a TIFF. Raises SlideError where neither opens it."""
+    from wsiscale.readers import compatible
+
+    with compatible(file) as reader:
+        return reader._describe(reader._opened())
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The tiles of one level."""
+
+    decode: Callable[..., Any]  # tifffile's: bytes, number, jpegtables -> (1, h, w, 3)
+    tables: bytes | None  # JPEG tables that its tiles share
+    tile: tuple[int, int]  # (height, width)
+    across: int  # tiles in a row
+    offsets: NDArray[np.int64]  # (tiles,) in the file
+    sizes: NDArray[np.int64]  # (tiles,) bytes; 0 for one that was not scanned
+    first: int  # of its tiles, among all of the file
+
+    def touching(self, y: int, x: int, height: int, width: int) -> Iterator[tuple[int, int, int]]:
+        """(number, top, left) of the tiles under a window."""
+        tile_height, tile_width = self.tile
+        rows = range(y // tile_height, (y + height - 1) // tile_height + 1)
+        columns = range(x // tile_width, (x + width - 1) // tile_width + 1)
+        for row, column in itertools.product(rows, columns):
+            yield row * self.across + column, row * tile_height, column * tile_width
+
+
+class _Tiff:
+    """The open file, where its tiles are, and the last ones decoded."""
+
+    def __init__(self, path: str) -> None:
+        self.grids: dict[tuple[int, int], _Grid] = {}
+        ambiguous: set[tuple[int, int]] = set()
+        first = 0
+        with tifffile.TiffFile(path) as tiff:
+            for page in _pages(tiff):
+                shape = (int(page.imagelength), int(page.imagewidth))
+                if not _is_plain(page):
+                    continue
+                if shape in self.grids:
+                    ambiguous.add(shape)  # focal planes, channels, or two regions: not for here to choose
+                page.nodata = 255
+                self.grids[shape] = _Grid(
+                    decode=page.decode,
+                    tables=page.jpegtables,
+                    tile=(int(page.tilelength), int(page.tilewidth)),
+                    across=-(-shape[1] // int(page.tilewidth)),
+                    offsets=np.array(page.dataoffsets, np.int64),
+                    sizes=np.array(page.databytecounts, np.int64),
+                    first=first,
+                )
+                first += len(page.dataoffsets)
+        for shape in ambiguous:
+            del self.grids[shape]
+        self._tiles = _Recent(CACHE)
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+
+    def tile(self, grid: _Grid, number: int) -> NDArray[np.uint8] | None:
+        """A tile's pixels (h, w, 3), None where the file has none. Raises what decoders raise."""
+        size = int(grid.sizes[number])
+        if size == 0:
+            return None
+        key = grid.first + number
+        pixels = self._tiles.get(key)
+        if pixels is None:
+            data = os.pread(self._file, size, int(grid.offsets[number]))
+            if len(data) < size:
+                raise EOFError(f"the file ends {size - len(data)} bytes before the tile does")
+            decoded, _, shape = grid.decode(data, number, jpegtables=grid.tables)
+            pixels = decoded[0] if decoded.shape == shape else _padded(decoded[0], grid.tile)
+            self._tiles.put(key, pixels)
+        return pixels
+
+    def __del__(self) -> None:
+        # Not when the reader is closed, since another thread may be reading: when the last of them has let go.
+        file = getattr(self, "_file", None)
+        if file is not None:
+            os.close(file)
+
+
+class _Recent:
+    """Arrays by number, the least recently used forgotten beyond `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._arrays: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: int) -> NDArray[np.uint8] | None:
+        with self._lock:
+            array = self._arrays.get(key)
+            if array is not None:
+                self._arrays.move_to_end(key)
+            return array
+
+    def put(self, key: int, array: NDArray[np.uint8]) -> None:
+        with self._lock:
+            if key in self._arrays:  # another thread was as fast
+                return
+            self._arrays[key] = array
+            self._held += array.nbytes
+            while self._held > self._limit:
+                _, old = self._arrays.popitem(last=False)
+                self._held -= old.nbytes
+
+
+def _pages(tiff: tifffile.TiffFile) -> Iterator[Any]:
+    for page in tiff.pages:
+        full = page.aspage()
+        yield full
+        for sub in full.pages or ():
+            yield sub.aspage()
+
+
+def _is_plain(page: Any) -> bool:
+    """Whether a page is a grid of 8-bit RGB tiles with a decoder."""
+    return (
+        page.is_tiled
+        and page.samplesperpixel == 3
+        and page.dtype == np.uint8
+        and page.planarconfig == 1
+        and page.imagedepth == page.tiledepth == 1
+        and page.photometric.name in ("RGB", "YCBCR")
+        and _has_decoder(int(page.compression))
+    )
+
+
+def _has_decoder(compression: int) -> bool:
+    try:
+        return compression == 1 or tifffile.TIFF.DECOMPRESSORS[compression] is not None
+    except KeyError:
+        return False
+
+
+def _padded(pixels: NDArray[np.uint8], tile: tuple[int, int]) -> NDArray[np.uint8]:
+    """A tile that was stored cut at the image's edge, whole again."""
+    whole = np.full((*tile, 3), 255, np.uint8)
+    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return whole
