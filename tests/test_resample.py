@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.registration import phase_cross_correlation
 
-from wsiscale.geometry import ReadPlan, View, centered_view, plan_read
-from wsiscale.resample import blocks, halve, resample, resample_stack
+from wsiscale.geometry import ReadPlan, View, blocks, centered_view, plan_read
+from wsiscale.resample import halve, resample, resample_stack
 from wsiscale.types import Pyramid
 
 HEIGHT, WIDTH = 190, 230

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from wsiscale import views
-from wsiscale.geometry import View, canvas_shape
+from wsiscale.geometry import View, blocks, canvas_shape
 from wsiscale.readers import ArrayReader
-from wsiscale.resample import blocks
 from wsiscale.testing import where_am_i
 from wsiscale.testing.slides import area_mean
 from wsiscale.types import TileGrid

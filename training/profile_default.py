@@ -28,8 +28,8 @@ KINDS = ((0.25, 3072), (0.5, 2048))
 COUNT = 20
 PLACES = 24
 # Octaves by which the slides that methods may be developed on (benchmarks/recovery/split.json: seven MoNuSeg images and copies
-# of them at 0.375 and 0.42 µm/px; CMU-1, OS-1) come out too coarse: what is drawn here is a tenth larger than most real nuclei.
-OFFSET = 0.15
+# of them at 0.375 and 0.42 µm/px; CMU-1, OS-1) come out too coarse: what is drawn here is a little larger than real nuclei.
+OFFSET = 0.06
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from wsiscale.layers import (
 from wsiscale.networks import Network, choose_device
 from wsiscale.objects import objects_of
 from wsiscale.scramble import SCRAMBLES
+from wsiscale.timing import timed, watching
 from wsiscale.training_tiles import referring
 from wsiscale.types import LayerMoments, Outputs, ScaleResponse, ScaleStack
 
@@ -169,13 +170,15 @@ def _within_memory(
 
 def _answer(network: Network, plan: Plan, batch: _Batch, views: Sequence[str], device: torch.device) -> dict[str, _Arrays]:
     """What the network answers to a batch, plain and in each view."""
-    tiles = torch.from_numpy(batch.tiles).to(device)
+    with timed("copy"):
+        tiles = torch.from_numpy(batch.tiles).to(device)
     pooled: dict[str, dict[_Key, Tensor]] = {}
     plain: Tensor | None = None
     for view in ("plain", *views):
         seen = tiles
         if view in batch.scrambled:
-            seen = torch.from_numpy(batch.scrambled[view]).to(device)
+            with timed("copy"):
+                seen = torch.from_numpy(batch.scrambled[view]).to(device)
         elif view != "plain":
             seen = _turned(tiles, view, rows=1)
         pooled[view], probabilities = _forward(network, plan, seen)
@@ -192,8 +195,10 @@ def _answer(network: Network, plan: Plan, batch: _Batch, views: Sequence[str], d
 def _forward(network: Network, plan: Plan, tiles: Tensor) -> tuple[dict[_Key, Tensor], Tensor | None]:
     """One forward pass of (B, H, W, 3) uint8: everything pooled to (B, ...), and the softmax (B, C, h, w) if there is one."""
     taps = plan.taps if plan.head is None else (*plan.taps, plan.head)
-    with _picked_up(network.module, taps) as pooled:
+    with timed("forward", wall=True), _picked_up(network.module, taps) as pooled:
         answer = tensor_of(network, network.module(normalised(network, tiles)))
+        if watching() and tiles.is_cuda:
+            torch.cuda.synchronize(tiles.device)  # else the time would show where the answers are waited for
     if plan.head is not None:
         pooled[_FEATURES] = pooled.pop(("mean", ""))
         del pooled[("square", "")]
@@ -283,6 +288,7 @@ def _turned(images: Tensor, view: str, *, rows: int, back: bool = False) -> Tens
     return torch.rot90(images, -quarters if back else quarters, (rows, rows + 1))
 
 
+@timed("reduce")
 def _download(columns: dict[_Key, Tensor]) -> _Arrays:
     """All to the host in one copy."""
     flat = [tensor.float().reshape(len(tensor), -1) for tensor in columns.values()]

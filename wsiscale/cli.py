@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +205,7 @@ def estimate(
     keep: Keep = None,
     reuse: Reuse = None,
     overwrite: Annotated[bool, typer.Option(help="replace what stands at --keep")] = False,
+    timing: Annotated[bool, typer.Option("--timing", help="say where the time went, on stderr")] = False,
     as_json: Json = False,
 ) -> int:
     """The µm/px at which the network works best on this slide, or a named reason why that cannot be said (exit code 3).
@@ -211,8 +213,10 @@ def estimate(
     Example: wsiscale estimate slide.svs --model nets.py:factory
     """
     from wsiscale.estimation import as_record
+    from wsiscale.timing import watch
 
-    with _open(slide, slide_mpp, mpp_csv, reader) as opened:
+    started = time.perf_counter()
+    with _open(slide, slide_mpp, mpp_csv, reader) as opened, watch() as spent:
         result = _estimate(
             opened,
             model=model,
@@ -235,6 +239,8 @@ def estimate(
             reuse=reuse,
             overwrite=overwrite,
         )
+    if timing:
+        _print_timing(spent, time.perf_counter() - started)
     if as_json:
         _print_json(as_record(result))
     else:
@@ -314,7 +320,6 @@ def tile(
 
     Example: wsiscale tile slide.svs --mpp 0.5 -o slide.ome.zarr
     """
-    from wsiscale.estimation import as_record
     from wsiscale.store import check_destination, plan_store, write_store
     from wsiscale.tissue import find_tissue
 
@@ -322,9 +327,11 @@ def tile(
     if (mpp is None) == (scale is None):
         raise OptionError("give either --mpp UM, --mpp auto, or --scale")
     with _open(slide, slide_mpp, mpp_csv, reader) as opened:
-        found = None
+        provenance = None
         target = _parse_mpp(mpp)
         if mpp == "auto":
+            from wsiscale.estimation import as_record  # half of a second, which only this needs
+
             found = _estimate(
                 opened,
                 model=model,
@@ -349,6 +356,7 @@ def tile(
             # What the tissue says of its µm/px is not in the slide's tag, which a target in µm/px would be read by.
             by_tag = found.mpp is not None and found.mpp_source != "estimated"
             target, scale = (found.mpp, None) if by_tag else (None, found.scale)
+            provenance = as_record(found)
         where = find_tissue(opened, detector)
         options: dict[str, Any] = {
             "mpp": target,
@@ -369,7 +377,7 @@ def tile(
                 output,
                 opened,
                 **options,
-                estimate=None if found is None else as_record(found),
+                estimate=provenance,
                 overwrite=overwrite,
                 progress=progress,
             )
@@ -640,6 +648,13 @@ def _sentence(result: ScaleEstimate) -> str:
         ends = result.curve.scales[[0, -1]] * factor
         lines.append(f"  {result.criterion}  {ends[0]:.3g} {_spark(result.curve.score)} {ends[1]:.3g} {unit}")
     return "\n".join([*lines, *(f"  note: {note}" for note in result.notes)])
+
+
+def _print_timing(spent: dict[str, float], elapsed: float) -> None:
+    """On stderr: seconds of the parts' own threads, which overlap, so that they may add up to more than has passed."""
+    for part, seconds in spent.items():
+        print(f"  {part:9s}{seconds:8.2f} s  {seconds / max(sum(spent.values()), 1e-9):4.0%}", file=sys.stderr)
+    print(f"  in {elapsed:.2f} s, of all threads {sum(spent.values()):.2f} s in these parts", file=sys.stderr)
 
 
 def _spark(score: Any) -> str:

@@ -7,6 +7,7 @@ its pixel (r, c) cover level-0 [o + r*s, o + (r+1)*s). That convention is exact 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,3 +179,10 @@ def scale_grid(lo: float, hi: float, *, per_octave: int = 8) -> NDArray[np.float
         raise OptionError(f"a range of scales runs from low to high, above 0; got {lo:g}:{hi:g}")
     count = math.ceil(math.log2(hi / lo) * per_octave - _EPSILON) + 1
     return np.exp2(np.linspace(math.log2(lo), math.log2(hi), max(count, 2)))
+
+
+def blocks(height: int, width: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+    """(y, x, height, width) of blocks of at most `size` px that cover the rectangle, in reading order."""
+    for y in range(0, height, size):
+        for x in range(0, width, size):
+            yield y, x, min(size, height - y), min(size, width - x)

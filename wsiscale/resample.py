@@ -11,7 +11,7 @@ rounds, at a tenth of what numpy takes (docs/decisions/0007).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import cv2
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from wsiscale.geometry import ReadPlan
+from wsiscale.timing import timed
 
 KERNEL = "area"  # how stores and reports name it
 
@@ -33,6 +34,7 @@ _SHARPER = 1.5
 _CHUNK = 1_000_000
 
 
+@timed("resample")
 def resample(plan: ReadPlan, window: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The planned view from its window: (out_height, out_width, 3)."""
     if plan.native:
@@ -46,6 +48,7 @@ def resample(plan: ReadPlan, window: NDArray[np.uint8]) -> NDArray[np.uint8]:
     )
 
 
+@timed("resample")
 def resample_stack(plans: Sequence[ReadPlan], window: NDArray[np.uint8], *, y: int, x: int) -> NDArray[np.uint8]:
     """Views of one size at several scales from one window of their common level: (S, H, W, 3).
 
@@ -77,6 +80,7 @@ def resample_stack(plans: Sequence[ReadPlan], window: NDArray[np.uint8], *, y: i
     return np.stack(views)
 
 
+@timed("resample")
 def halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """2 x 2 means, halves to even; an odd last row or column is repeated.
 
@@ -145,10 +149,3 @@ def _weights(source: int, target: int, factor: float, offset: float, box: float)
     np.clip(index, 0, source - 1, out=index)
     pointers = np.arange(0, taps * target + 1, taps, dtype=np.int32)
     return sparse.csr_array((weight.astype(np.float32).ravel(), index.ravel(), pointers), shape=(target, source))
-
-
-def blocks(height: int, width: int, size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(y, x, height, width) of blocks of at most `size` px that cover the rectangle, in reading order."""
-    for y in range(0, height, size):
-        for x in range(0, width, size):
-            yield y, x, min(size, height - y), min(size, width - x)

@@ -31,9 +31,18 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from wsiscale.errors import NoTissueError, OptionError, StoreError
-from wsiscale.geometry import TOLERANCE, View, canvas_shape, check_upsampling, level_for, scale_for_mpp, snapped_scale
+from wsiscale.geometry import (
+    TOLERANCE,
+    View,
+    blocks,
+    canvas_shape,
+    check_upsampling,
+    level_for,
+    scale_for_mpp,
+    snapped_scale,
+)
 from wsiscale.places import tile_grid
-from wsiscale.resample import KERNEL, blocks, halve
+from wsiscale.resample import KERNEL, halve
 from wsiscale.responses import SavedResponse
 from wsiscale.tissue import find_tissue
 from wsiscale.types import (
@@ -65,8 +74,8 @@ _ZSTD = ZstdCodec(level=3, checksum=True)
 _BLOSC: dict[str, Any] = {"id": "blosc", "cname": "zstd", "clevel": 3, "shuffle": 0}
 _SMALLEST = 512  # px: the pyramid ends with the first level of which both sides are within this
 _HALO = 256.0  # level-0 px, where the slide's µm/px is unknown
-# Pixels read at once by one thread: 12 MB of them, and up to 10 times that while they are resampled.
-_WINDOW = 2048 * 2048
+_WINDOW = 2048 * 2048  # px of the slide read at once by one thread: 12 MB
+_STRIP = 512  # rows of a coarser level made at once, of twice as many of the finer one
 
 
 @dataclass(frozen=True)
@@ -729,8 +738,12 @@ def _rectangles(mask: NDArray[np.bool_]) -> list[tuple[int, int, int, int]]:
 
 def _halved_shard(finer: zarr.Array[Any], shard: _Shard) -> NDArray[np.uint8]:
     """A shard of a coarser level as 2 x 2 means of what was written of the finer one: (height, width, 3)."""
-    rows, columns = slice(2 * shard.y, 2 * (shard.y + shard.height)), slice(2 * shard.x, 2 * (shard.x + shard.width))
-    return halve(np.moveaxis(np.asarray(finer[:, rows, columns]), 0, -1))
+    pixels = np.empty((shard.height, shard.width, 3), np.uint8)
+    columns = slice(2 * shard.x, 2 * (shard.x + shard.width))
+    for y in range(0, shard.height, _STRIP):
+        rows = slice(2 * (shard.y + y), 2 * (shard.y + min(y + _STRIP, shard.height)))
+        pixels[y : y + _STRIP] = halve(np.moveaxis(np.asarray(finer[:, rows, columns]), 0, -1))
+    return pixels
 
 
 def _tissue_shard(plan: StorePlan, shard: _Shard) -> NDArray[np.uint8]:

@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiscale.geometry import View, plan_read
-from wsiscale.resample import blocks, resample
+from wsiscale.geometry import View, blocks, plan_read
+from wsiscale.resample import resample
 from wsiscale.types import Reader, TileGrid
 
 # A window of more px than this is read and resampled piece by piece: 24 MB of pixels.

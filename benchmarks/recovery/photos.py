@@ -97,7 +97,9 @@ def photos(setting: Setting) -> Iterator[Case]:
         response = setting.cached_response(real._with_views(key, real.VIEWS), ask)
         oracle = setting.cached_oracle(key, lambda r=response, p=photo: _probability_oracle(r, p.classes))
         train_scale = photo.side / TILE
-        yield from over_ranges(real._whole("photos", SQUEEZENET, name, half, response, oracle, train_scale=train_scale), RANGES)
+        whole = real._whole("photos", SQUEEZENET, name, half, response, oracle, train_scale=train_scale)
+        # One object each: with what else there is to tell it from, no answer is clear.
+        yield from over_ranges(replace(whole, tags=frozenset({"single-class"})), RANGES)
 
 
 def imagenet_network(name: str, weights: Path, *, tile_size: int) -> Network:

@@ -46,6 +46,7 @@ class Masks:
     tags: str
     way: str
     dice: float
+    mpp: float | None = None  # µm/px, by the truth, that it is segmented at
     abstained: str | None = None
 
 
@@ -79,10 +80,11 @@ def masks(segmenter: Segmenter, copy: Copy) -> Iterator[Masks]:
     for tags, tag in copy.tags.items():
         by_tag = segmenter.training_mpp / (tag or GUESS)
         trusted = alone if tag is None else _estimated(segmenter, copy, tag, trust_tag=True)
-        yield Masks(copy.name, tags, "as it is", at(1.0))
-        yield Masks(copy.name, tags, "trust the tag", at(by_tag))
+        yield Masks(copy.name, tags, "as it is", at(1.0), copy.mpp)
+        yield Masks(copy.name, tags, "trust the tag", at(by_tag), by_tag * copy.mpp)
         for way, (scale, why) in (("wsiscale", alone), ("wsiscale, tags trusted", trusted)):
-            yield Masks(copy.name, tags, way, at(by_tag if scale is None else scale), why)
+            taken = by_tag if scale is None else scale
+            yield Masks(copy.name, tags, way, at(taken), taken * copy.mpp, why)
         yield Masks(copy.name, tags, "oracle", best)
 
 

@@ -1,4 +1,4 @@
-"""Segmentation against scale: `python -m benchmarks.segmentation [--data DIR] [--parts curves,cohort]`.
+"""Segmentation against scale: `python -m benchmarks.segmentation [--data DIR] [--parts curves,cohort,landing]`.
 
 Quality of nuclei masks against µm/px for two networks, what each way of choosing the scale loses, and what users get on a
 cohort of mixed scales whose tags are right, missing or wrong. Ends with docs/segmentation.md; what was measured is kept in
@@ -24,7 +24,7 @@ from benchmarks.recovery.cases import MissingDataError, Setting
 from benchmarks.recovery.methods import NotApplicableError, methods
 from benchmarks.recovery.real import MONUSEG, _monuseg, _rng, embedded, monuseg_mpp, nuclei32
 from benchmarks.recovery.tables import markdown
-from benchmarks.segmentation import cohort, segmenters
+from benchmarks.segmentation import cohort, landing, segmenters
 from benchmarks.segmentation.cohort import Masks
 from benchmarks.segmentation.quality import Quality, quality
 from benchmarks.segmentation.segmenters import Segmenter
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text += [_curves(data, arguments.cache, arguments.docs, arguments.recovery)]
     if "cohort" in parts:
         text += [_cohort(data, arguments.cache, arguments.docs)]
+    if "landing" in parts:
+        text += [_landing(data, arguments.cache)]
     (arguments.docs / "segmentation.md").write_text("\n".join(text))
     print(f"written: {arguments.docs / 'segmentation.md'}", file=sys.stderr)
     return 0
@@ -170,15 +172,7 @@ def curve_figure(path: Path, found: dict[str, dict[str, dict[float, Quality]]]) 
 
 
 def _cohort(data: Path, cache: Path, docs: Path) -> str:
-    segmenter = segmenters.bundled()
-    found: list[Masks] = []
-    for copy in cohort.copies(data):
-
-        def measured(copy: cohort.Copy = copy) -> list[dict[str, Any]]:
-            print(f"cohort/{copy.name}", file=sys.stderr, flush=True)
-            return [asdict(m) for m in cohort.masks(segmenter, copy)]
-
-        found += [Masks(**values) for values in _kept(cache / "cohort" / f"{copy.name}.json", measured)]
+    found = _masks(data, cache)
     cohort_figure(docs / "figures" / "segmentation_cohort.png", found)
     ways = list(dict.fromkeys(m.way for m in found))
     rows = [[way, *(f"{cohort.mean_dice(found, way, tags):.3f}" for tags in cohort.TAGS)] for way in ways]
@@ -198,6 +192,19 @@ def _cohort(data: Path, cache: Path, docs: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _masks(data: Path, cache: Path) -> list[Masks]:
+    segmenter = segmenters.bundled()
+    found: list[Masks] = []
+    for copy in cohort.copies(data):
+
+        def measured(copy: cohort.Copy = copy) -> list[dict[str, Any]]:
+            print(f"cohort/{copy.name}", file=sys.stderr, flush=True)
+            return [asdict(m) for m in cohort.masks(segmenter, copy)]
+
+        found += [Masks(**values) for values in _kept(cache / "cohort" / f"{copy.name}.json", measured)]
+    return found
+
+
 def cohort_figure(path: Path, found: list[Masks]) -> None:
     plt = _pyplot()
     ways = {"trust the tag": "0.75", "wsiscale": "#3b6ea5", "oracle": "0.25"}
@@ -215,6 +222,37 @@ def cohort_figure(path: Path, found: list[Masks]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+# --- where the default lands ---------------------------------------------------------------------------------------------
+
+
+def _landing(data: Path, cache: Path) -> str:
+    curves = {slide: curve(segmenters.bundled(), data, cache, slide) for slide in MONUSEG}
+    peak = landing.peak({mpp: float(np.mean([of[mpp].dice for of in curves.values()])) for mpp in MPPS["bundled"]})
+    own = {slide: landing.peak({mpp: q.dice for mpp, q in of.items()}) for slide, of in curves.items()}
+
+    def measured() -> dict[str, float | None]:
+        return dict(landing.estimates(data))
+
+    slides: dict[str, float | None] = _kept(cache / "landing.json", measured)
+    copies = [m for m in _masks(data, cache) if m.way == "wsiscale, tags trusted" and m.tags == "right"]
+    groups = {
+        "the 14 images": [slides[slide] for slide in MONUSEG],
+        f"{len(copies)} rescaled copies": [None if m.abstained else m.mpp for m in copies],
+        **{name: [found] for name, found in slides.items() if name not in MONUSEG},
+    }
+    rows = [landing.row(name, found, peak) for name, found in groups.items()]
+    apart = np.array([abs(np.log2(found / own[slide])) for slide in MONUSEG if (found := slides[slide]) is not None])
+    lines = [
+        "## Where `wsiscale estimate` lands\n",
+        f"With no options, tags as the files have them. The mean Dice of the 14 images is highest at {peak:.3g} µm/px "
+        f"({np.log2(peak / 0.5):+.2f} octaves from the 0.5 it was trained at).\n",
+        markdown(["", "without an estimate", "estimates, µm/px (median, range)", "within 0.3 octaves of the peak"], rows),
+        f"\nOf their own image's peak, which labels of one image do not fix as well, {np.mean(apart <= 0.3):.0%} of the "
+        f"estimates are within 0.3 octaves (median {np.median(apart):.2f}).",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 # --- small things --------------------------------------------------------------------------------------------------------
@@ -268,6 +306,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=kept, help=f"folder for what was measured (default {kept})")
     asked = kept.parent
     parser.add_argument("--recovery", type=Path, default=asked, help=f"the cache of benchmarks.recovery (default {asked})")
-    parser.add_argument("--parts", default="curves,cohort", help="curves, cohort, or both")
+    parser.add_argument("--parts", default="curves,cohort,landing", help="which of curves, cohort, landing")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder for segmentation.md and its figures")
     return parser.parse_args(argv)

@@ -98,10 +98,12 @@ class FileReader(ABC, Generic[_Handle]):
     def read(self, *, level: int, y: int, x: int, height: int, width: int) -> NDArray[np.uint8]:
         """Pixels of `level`, counted in that level's own pixels, white outside of the scan: (height, width, 3)."""
         check_window(self._pyramid, level=level, height=height, width=width, name=self._source.name)
-        pixels = np.full((height, width, 3), _WHITE, np.uint8)
         top, left, bottom, right = self._scanned(level)
         y0, y1 = max(y, top), min(y + height, bottom)
         x0, x1 = max(x, left), min(x + width, right)
+        pixels = np.empty((height, width, 3), np.uint8)
+        if (y0, x0, y1, x1) != (y, x, y + height, x + width):
+            pixels[:] = _WHITE
         if y0 < y1 and x0 < x1:
             self._read_into(pixels[y0 - y : y1 - y, x0 - x : x1 - x], level=level, y=y0, x=x0)
         return pixels

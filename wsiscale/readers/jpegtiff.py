@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from wsiscale.errors import SlideError
 from wsiscale.readers.files import BROKEN_FILE, FileReader, Scan, one_line, tiff_header
+from wsiscale.timing import timed
 
 # Decoded tiles that are kept, in bytes: two rows of 256 px tiles of a slide 40,000 px wide.
 CACHE = 64_000_000
@@ -36,6 +37,8 @@ class JpegTiffReader(FileReader["_Tiff"]):
     name = "jpegtiff"
 
     def _open(self, path: str) -> _Tiff:
+        if not hasattr(os, "pread"):
+            raise SlideError(f"{self._source.name}: jpegtiff needs os.pread, which this system lacks; leave the reader to auto")
         if tiff_header(Path(path)) is None:
             raise SlideError(f"{self._source.name}: jpegtiff does not open it (not a TIFF file); leave the reader to auto")
         try:
@@ -65,11 +68,10 @@ class JpegTiffReader(FileReader["_Tiff"]):
                 tile = handle.tile(grid, number)
             except BROKEN_FILE as error:
                 raise self._failed(error, level=level, y=top, x=left, shape=grid.tile) from error
-            if tile is None:
-                continue  # not scanned: it stays white
             y0, x0 = max(y, top), max(x, left)
             y1, x1 = min(y + height, top + grid.tile[0]), min(x + width, left + grid.tile[1])
-            pixels[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+            part = pixels[y0 - y : y1 - y, x0 - x : x1 - x]
+            part[:] = 255 if tile is None else tile[y0 - top : y1 - top, x0 - left : x1 - left]
 
 
 def described(file: Path) -> Scan:
@@ -139,10 +141,12 @@ class _Tiff:
         key = grid.first + number
         pixels = self._tiles.get(key)
         if pixels is None:
-            data = os.pread(self._file, size, int(grid.offsets[number]))
+            with timed("read"):
+                data = os.pread(self._file, size, int(grid.offsets[number]))
             if len(data) < size:
                 raise EOFError(f"the file ends {size - len(data)} bytes before the tile does")
-            decoded, _, shape = grid.decode(data, number, jpegtables=grid.tables)
+            with timed("decode"):
+                decoded, _, shape = grid.decode(data, number, jpegtables=grid.tables)
             pixels = decoded[0] if decoded.shape == shape else _padded(decoded[0], grid.tile)
             self._tiles.put(key, pixels)
         return pixels

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from scipy.signal import lfilter
 
 from wsiscale.errors import SlideError
+from wsiscale.geometry import blocks
 from wsiscale.readers.files import FileReader, Scan, composed, number, one_line, resolution_scale, stated_bounds, tiff_header
-from wsiscale.resample import blocks
+from wsiscale.timing import timed
 from wsiscale.types import ScaleTags
 
 # Read in pieces of this many pixels a side: 16 MB of what OpenSlide hands over.
@@ -118,7 +118,8 @@ def _window(handle: openslide.OpenSlide, level: int, y: int, x: int, height: int
 
 def _region(handle: openslide.OpenSlide, level: int, y: int, x: int, height: int, width: int) -> NDArray[np.uint8]:
     downsample = handle.level_downsamples[level]
-    rgba = np.asarray(handle.read_region((round(x * downsample), round(y * downsample)), level, (width, height)))
+    with timed("decode"):
+        rgba = np.asarray(handle.read_region((round(x * downsample), round(y * downsample)), level, (width, height)))
     return composed(rgba, _background(handle))
 
 
@@ -131,6 +132,8 @@ def _at_pixel_centres(image: NDArray[np.float32], shift: float, *, axis: int) ->
     s = abs(shift)
     if s < _NO_SHIFT:
         return image
+    from scipy.signal import lfilter  # here, because it takes longer to import than all else that opens a slide
+
     ahead = np.flip(image, axis) if shift > 0 else image  # so that the neighbour comes first
     start = -s / (1 - s) * np.take(ahead, [0], axis)
     solved, _ = lfilter([1 / (1 - s)], [1, s / (1 - s)], ahead, axis=axis, zi=start)

@@ -26,6 +26,7 @@ from wsiscale.readers.files import (
     stated_bounds,
     tiff_header,
 )
+from wsiscale.timing import timed
 from wsiscale.types import ScaleTags
 
 
@@ -86,7 +87,8 @@ class TiffSlideReader(FileReader[tiffslide.TiffSlide]):
             downsample = handle.level_downsamples[level]
             location = (_location(x, downsample), _location(y, downsample))
             try:
-                window = handle.read_region(location, level, (width, height), as_array=True, padding=False)
+                with timed("decode"):
+                    window = handle.read_region(location, level, (width, height), as_array=True, padding=False)
             except BROKEN_FILE as error:
                 raise self._failed(error, level=level, y=y, x=x, shape=(height, width)) from error
         pixels[:] = window if window.shape[2] == 3 else _on_white(window, premultiplied=self._premultiplied)
