@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wsiscale import gpu
 from wsiscale.errors import ModelError, OptionError
 from wsiscale.layers import (
     Plan,
@@ -42,7 +43,7 @@ from wsiscale.objects import objects_of
 from wsiscale.scramble import SCRAMBLES
 from wsiscale.timing import timed, watching
 from wsiscale.training_tiles import referring
-from wsiscale.types import LayerMoments, Outputs, ScaleResponse, ScaleStack
+from wsiscale.types import LayerMoments, Outputs, ScaleResponse, ScaleStack, Window
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,8 @@ _FEATURES: _Key = ("features", "")
 @dataclass(frozen=True)
 class _Batch:
     index: NDArray[np.intp]  # (B,) place * S + scale
-    tiles: NDArray[np.uint8]  # (B, H, W, 3)
-    scrambled: Mapping[str, NDArray[np.uint8]]  # by view, (B, H, W, 3) each
+    tiles: Tensor  # (B, H, W, 3) uint8, on the device if they were made there
+    scrambled: Mapping[str, Tensor]  # by view, (B, H, W, 3) each
 
     def __getitem__(self, part: slice) -> _Batch:
         return _Batch(self.index[part], self.tiles[part], {view: tiles[part] for view, tiles in self.scrambled.items()})
@@ -171,14 +172,14 @@ def _within_memory(
 def _answer(network: Network, plan: Plan, batch: _Batch, views: Sequence[str], device: torch.device) -> dict[str, _Arrays]:
     """What the network answers to a batch, plain and in each view."""
     with timed("copy"):
-        tiles = torch.from_numpy(batch.tiles).to(device)
+        tiles = batch.tiles.to(device)
     pooled: dict[str, dict[_Key, Tensor]] = {}
     plain: Tensor | None = None
     for view in ("plain", *views):
         seen = tiles
         if view in batch.scrambled:
             with timed("copy"):
-                seen = torch.from_numpy(batch.scrambled[view]).to(device)
+                seen = batch.scrambled[view].to(device)
         elif view != "plain":
             seen = _turned(tiles, view, rows=1)
         pooled[view], probabilities = _forward(network, plan, seen)
@@ -329,7 +330,6 @@ def _response(tiles: _Tiles, plan: Plan, arrays: _Arrays) -> ScaleResponse:
 
 # --- reading ahead -------------------------------------------------------------------------------------------------------
 T = TypeVar("T")
-_Tile = NDArray[np.uint8]  # (H, W, 3)
 
 
 @dataclass(frozen=True)
@@ -341,6 +341,7 @@ class _Tiles:
     slide_mpp: float | None
     shapes: tuple[tuple[int, int], ...]  # (S,) (height, width)
     read: Callable[[int], Sequence[NDArray[np.uint8]]]  # place -> S tiles (H, W, 3); from any thread
+    window: Callable[[int], Window | None] | None = None  # place -> what its tiles can be made from
 
     def __len__(self) -> int:
         return self.places * len(self.scales)
@@ -360,6 +361,7 @@ def _tiles_of(stack: ScaleStack | Sequence[NDArray[np.uint8]], scales: Sequence[
             slide_mpp=stack.slide_mpp,
             shapes=((height, width),) * len(stack.scales),
             read=lambda place: images[place].compute(scheduler="synchronous"),
+            window=stack.window,
         )
     else:
         if scales is None or len(scales) != len(stack):
@@ -384,18 +386,36 @@ def _tiles_of(stack: ScaleStack | Sequence[NDArray[np.uint8]], scales: Sequence[
 def _batches(
     tiles: _Tiles, *, views: Sequence[str], seed: int, batch_size: int | None, device: torch.device
 ) -> Generator[_Batch]:
-    """Tiles of one shape at a time, in batches."""
-    scrambles = {view: SCRAMBLES[view] for view in views if view in SCRAMBLES}
-    waiting: dict[tuple[int, int], list[tuple[int, _Tile, dict[str, _Tile]]]] = {shape: [] for shape in tiles.shapes}
+    """Tiles of one shape at a time, in batches. On a GPU a place is uploaded once, and its tiles are made there."""
+    scrambles = [view for view in views if view in SCRAMBLES]
+    waiting: dict[tuple[int, int], list[tuple[int, Tensor, dict[str, Tensor]]]] = {shape: [] for shape in tiles.shapes}
+    there = _makes_tiles(device)
 
-    def read(place: int) -> list[tuple[_Tile, dict[str, _Tile]]]:
-        found = tiles.read(place)
-        return [(tile, {view: scramble(tile[None], seed)[0] for view, scramble in scrambles.items()}) for tile in found]
+    def read(place: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        window = tiles.window(place) if there and tiles.window is not None else None
+        if window is not None:
+            pixels = gpu.upload(window.pixels, device)
+            found = list(gpu.resample_stack(window.plans, pixels, y=window.y, x=window.x))
+        else:
+            found = [torch.from_numpy(np.ascontiguousarray(tile)) for tile in tiles.read(place)]
+        if there:
+            return [(tile, {}) for tile in found]
+        scrambled = ({view: SCRAMBLES[view](tile.numpy()[None], seed)[0] for view in scrambles} for tile in found)
+        return [
+            (tile, {view: torch.from_numpy(other) for view, other in others.items()})
+            for tile, others in zip(found, scrambled, strict=True)
+        ]
 
     def batch(shape: tuple[int, int]) -> _Batch:
         index, plain, scrambled = zip(*waiting[shape], strict=True)
         waiting[shape].clear()
-        return _Batch(np.array(index), np.stack(plain), {view: np.stack([s[view] for s in scrambled]) for view in scrambles})
+        together = torch.stack(plain)
+        if there:
+            together = together.to(device)
+            others = {view: gpu.SCRAMBLES[view](together, seed + index[0]) for view in scrambles}
+        else:
+            others = {view: torch.stack([s[view] for s in scrambled]) for view in scrambles}
+        return _Batch(np.array(index), together, others)
 
     for place, found in enumerate(_read_ahead(read, tiles.places)):
         for scale, (tile, scrambled) in enumerate(found):
@@ -406,6 +426,11 @@ def _batches(
     for shape in waiting:
         if waiting[shape]:
             yield batch(shape)
+
+
+def _makes_tiles(device: torch.device) -> bool:
+    """Whether tiles are made on the device: where the CPU's cores could not keep it busy."""
+    return device.type != "cpu"
 
 
 def _batch_size(shape: tuple[int, int], device: torch.device) -> int:

@@ -11,7 +11,8 @@ rounds, at a tenth of what numpy takes (docs/decisions/0007).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2
@@ -58,26 +59,68 @@ def resample_stack(plans: Sequence[ReadPlan], window: NDArray[np.uint8], *, y: i
     """
     mips = [window]
     views = []
-    for plan in plans:
-        octave = max(0, math.ceil(math.log2(plan.factor / _EXACT)))
-        while len(mips) <= octave:
+    for part in parts(plans, window.shape[:2], y=y, x=x):
+        while len(mips) <= part.octave:
             mips.append(_halved_up(mips[-1]))
-        source, step = mips[octave], 2**octave
-        top, left = (plan.y + plan.offset_y - y) / step, (plan.x + plan.offset_x - x) / step
-        factor = plan.factor / step
-        first, last = _reach(top, plan.out_height * factor, source.shape[0], factor)
-        begin, end = _reach(left, plan.out_width * factor, source.shape[1], factor)
         views.append(
             _resized(
-                source[first:last, begin:end],
-                factor,
-                offset=(top - first, left - begin),
-                shape=(plan.out_height, plan.out_width),
-                box=factor if octave == 0 else math.sqrt(factor**2 - _SHARPER * (1 - 4.0**-octave)),
-                brighter=octave / 8,
+                mips[part.octave][part.rows, part.columns],
+                part.factor,
+                offset=part.offset,
+                shape=part.shape,
+                box=part.box,
+                brighter=part.brighter,
             )
         )
     return np.stack(views)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a view of a stack is averaged from: a part of the window, halved `octave` times, and how."""
+
+    octave: int
+    rows: slice  # px of the halved window
+    columns: slice
+    factor: float  # those px per px of the view
+    offset: tuple[float, float]  # of the view, from the first of them
+    shape: tuple[int, int]  # (height, width) of the view
+    box: float  # px over which the mean is taken
+
+    @property
+    def brighter(self) -> float:
+        """Grey levels that halving has added, since it rounds halves up."""
+        return self.octave / 8
+
+    @property
+    def weights(self) -> tuple[sparse.csr_array, sparse.csr_array]:
+        """Of the rows, (height, source rows), and of the columns; each row sums to 1."""
+        heights = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+        rows, columns = (
+            _weights(source, target, self.factor, offset, self.box)
+            for source, target, offset in zip(heights, self.shape, self.offset, strict=True)
+        )
+        return rows, columns
+
+
+def parts(plans: Sequence[ReadPlan], shape: tuple[int, ...], *, y: int, x: int) -> Iterator[Part]:
+    """How the views of a stack are made from one window of `shape` at (y, x) of their level."""
+    for plan in plans:
+        octave = max(0, math.ceil(math.log2(plan.factor / _EXACT)))
+        step = 2**octave
+        top, left = (plan.y + plan.offset_y - y) / step, (plan.x + plan.offset_x - x) / step
+        factor = plan.factor / step
+        first, last = _reach(top, plan.out_height * factor, -(-shape[0] // step), factor)
+        begin, end = _reach(left, plan.out_width * factor, -(-shape[1] // step), factor)
+        yield Part(
+            octave=octave,
+            rows=slice(first, last),
+            columns=slice(begin, end),
+            factor=factor,
+            offset=(top - first, left - begin),
+            shape=(plan.out_height, plan.out_width),
+            box=factor if octave == 0 else math.sqrt(factor**2 - _SHARPER * (1 - 4.0**-octave)),
+        )
 
 
 @timed("resample")

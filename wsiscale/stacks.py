@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import dask.array as da
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from wsiscale.errors import OptionError
 from wsiscale.geometry import centered_view, check_upsampling, level_for, plan_read, scale_for_mpp
 from wsiscale.resample import resample_stack
-from wsiscale.types import Reader, ScaleStack
+from wsiscale.types import Reader, ScaleStack, Window
 from wsiscale.views import read_view
 
 # Of more px than this, 192 MB, no window is held: each view is then read by itself.
@@ -62,8 +63,21 @@ def scale_stack(
         meta=np.empty((0, 0, 0, 0, 0), np.uint8),
     )
     return ScaleStack(
-        images=images, scales=wanted, centers=centers, slide_mpp=pyramid.mpp, source_level=level, upsampled=upsampled
+        images=images,
+        scales=wanted,
+        centers=centers,
+        slide_mpp=pyramid.mpp,
+        source_level=level,
+        upsampled=upsampled,
+        window=partial(_window_of, slide, centers, tuple(wanted.tolist()), size, level),
     )
+
+
+def _window_of(
+    slide: Reader, centers: NDArray[np.float64], scales: tuple[float, ...], size: int, level: int, place: int
+) -> Window | None:
+    y, x = centers[place].tolist()
+    return _window(slide, (y, x), scales=scales, size=size, level=level)
 
 
 def _read_places(
@@ -77,11 +91,20 @@ def _read_place(
     slide: Reader, center: tuple[float, float], *, scales: tuple[float, ...], size: int, level: int
 ) -> NDArray[np.uint8]:
     """One place at every scale: (S, size, size, 3). The widest view's window is read once and holds all others."""
+    window = _window(slide, center, scales=scales, size=size, level=level)
+    if window is None:
+        views = (centered_view(center, size=size, scale=scale) for scale in scales)
+        return np.stack([read_view(slide, view, level=level) for view in views])
+    return resample_stack(window.plans, window.pixels, y=window.y, x=window.x)
+
+
+def _window(slide: Reader, center: tuple[float, float], *, scales: tuple[float, ...], size: int, level: int) -> Window | None:
+    """What one place's views are made from; None where it would be too large to hold."""
     views = [centered_view(center, size=size, scale=scale) for scale in scales]
-    plans = [plan_read(slide.pyramid, view, level=level) for view in views]
+    plans = tuple(plan_read(slide.pyramid, view, level=level) for view in views)
     top, left = min(p.y for p in plans), min(p.x for p in plans)
     bottom, right = max(p.y + p.height for p in plans), max(p.x + p.width for p in plans)
     if (bottom - top) * (right - left) > MAX_WINDOW:
-        return np.stack([read_view(slide, view, level=level) for view in views])
-    window = slide.read(level=level, y=top, x=left, height=bottom - top, width=right - left)
-    return resample_stack(plans, window, y=top, x=left)
+        return None
+    pixels = slide.read(level=level, y=top, x=left, height=bottom - top, width=right - left)
+    return Window(pixels=pixels, plans=plans, y=top, x=left)

@@ -6,7 +6,7 @@ A *scale* is relative: level-0 pixels per pixel of the view, so that mpp = scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import dask.array as da
 
+    from wsiscale.geometry import ReadPlan
     from wsiscale.profile import Registration
     from wsiscale.training_tiles import Reference
 
@@ -139,6 +140,16 @@ class TileGrid:
 
 
 @dataclass(frozen=True)
+class Window:
+    """The part of one level that holds all views of a place."""
+
+    pixels: NDArray[np.uint8]  # (H, W, 3)
+    plans: tuple[ReadPlan, ...]  # (S,) of the views, finest first
+    y: int  # of the window, in the level's own pixels
+    x: int
+
+
+@dataclass(frozen=True)
 class ScaleStack:
     """Tiles nested on one centre at every scale, equal in pixel size, all from one source level."""
 
@@ -148,6 +159,7 @@ class ScaleStack:
     slide_mpp: float | None  # µm/px of level 0
     source_level: int
     upsampled: NDArray[np.bool_]  # (S,) finer than level 0
+    window: Callable[[int], Window | None] | None = None  # place -> the pixels that its tiles come from, where they are known
 
     @property
     def mpp(self) -> NDArray[np.float64] | None:
