@@ -33,7 +33,7 @@ check: $(VENV)/ready-test
 	$(BIN)/mypy
 
 bench: $(VENV)/ready-test
-	$(BIN)/python benchmarks/thesis_null.py
+	$(BIN)/python -m benchmarks.performance
 
 # Hours from nothing; what it measured once it keeps (benchmarks/README.md).
 bench-recovery: $(VENV)/ready-test

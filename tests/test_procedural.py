@@ -15,16 +15,21 @@ from scipy import ndimage
 
 from wsiscale.geometry import centered_view, scale_grid
 from wsiscale.testing import planted_network, planted_slide, random_stain, slide_image, tissue, write_svs
-from wsiscale.testing.procedural import _noise_at, _Window
+from wsiscale.testing.procedural import _noise_at, _recipe, _Window
 from wsiscale.testing.slides import area_mean
 from wsiscale.views import read_view
 
 SAMPLES = Path(__file__).parents[1] / "sample_slides"
 
 
-def test_the_same_seed_is_the_same_tissue_at_every_magnification() -> None:
-    fine, nuclei = tissue(480, 640, mpp=0.25, seed=3)
-    coarse, coarse_nuclei = tissue(120, 160, mpp=1.0, seed=3)
+# Hard tissue of seed 44 may hold tumour, torn collagen, keratin, fat and pen; of 7 foam; of 45 a fold.
+HARD = [(3, False), (44, True), (7, True), (45, True)]
+
+
+@pytest.mark.parametrize(("seed", "hard"), HARD)
+def test_the_same_seed_is_the_same_tissue_at_every_magnification(seed: int, hard: bool) -> None:
+    fine, nuclei = tissue(480, 640, mpp=0.25, seed=seed, hard=hard)
+    coarse, coarse_nuclei = tissue(120, 160, mpp=1.0, seed=seed, hard=hard)
 
     averaged = area_mean(fine, 4).astype(float)
 
@@ -42,12 +47,36 @@ def test_noise_on_pixels_is_the_noise_at_their_centres(mpp: float) -> None:
     assert window.noise(123, 2.5) == pytest.approx(_noise_at(9, 123, 2.5, y, x), abs=1e-4)
 
 
-def test_a_larger_window_shows_the_same_tissue_and_more_of_it() -> None:
-    small, _ = tissue(200, 260, mpp=0.5, seed=5)
-    large, _ = tissue(300, 310, mpp=0.5, seed=5)
+@pytest.mark.parametrize(("seed", "hard"), HARD)
+def test_a_larger_window_shows_the_same_tissue_and_more_of_it(seed: int, hard: bool) -> None:
+    small, _ = tissue(200, 260, mpp=0.5, seed=seed, hard=hard)
+    large, _ = tissue(300, 310, mpp=0.5, seed=seed, hard=hard)
 
     # Away from the edge, where the optics blur in what lies outside; the sensor's noise is drawn anew.
     assert np.abs(small[:190, :250].astype(int) - large[:190, :250]).mean() < 2.5
+
+
+def test_hard_tissue_has_what_plain_tissue_lacks() -> None:
+    recipes = [_recipe(seed, hard=True) for seed in range(60)]
+
+    # Each difficulty in some fields and not in others; none in plain tissue.
+    for name, nothing in (
+        ("atypia", 0),
+        ("foam", 0),
+        ("torn", 0),
+        ("fold", 0),
+        ("ink", 0),
+        ("keratin", np.inf),
+        ("fat", np.inf),
+    ):
+        share = np.mean([getattr(recipe, name) != nothing for recipe in recipes])
+        assert 0.02 < share < 0.9, name
+        assert getattr(_recipe(1), name) == nothing
+    areas = [
+        np.bincount(tissue(500, 500, mpp=0.5, seed=seed, hard=hard)[1].ravel())[1:] for hard in (0, 1) for seed in range(6)
+    ]
+    plain, hard = (np.percentile(np.concatenate(of)[np.concatenate(of) > 0], 95) for of in (areas[:6], areas[6:]))
+    assert hard > 1.15 * plain  # tumours
 
 
 def test_tissue_is_seeded() -> None:

@@ -26,12 +26,12 @@ def main() -> None:
     monuseg = sorted((data / "patches" / "monuseg" / "images").glob("*.png"))[: 2 * COUNT : 2]
     rows = [
         [tissue(SIDE, SIDE, mpp=0.5, seed=90_100 + seed, stain=random_stain(seed))[0] for seed in range(COUNT)],
-        [tissue(SIDE, SIDE, mpp=0.5, seed=90_200 + seed, stain=random_stain(100 + seed))[0] for seed in range(COUNT)],
+        [tissue(SIDE, SIDE, mpp=0.5, seed=90_200 + i, stain=random_stain(100 + i), hard=True)[0] for i in range(COUNT)],
         [halved(path) for path in monuseg],
         [slide[y : y + SIDE, x : x + SIDE] for y, x in CMU],
     ]
     Image.fromarray(np.vstack([np.hstack(row) for row in rows])).save(out)
-    print(f"{out}: two rows of procedural tissue, one of MoNuSeg, one of CMU-1")
+    print(f"{out}: a row of procedural tissue, one of hard, one of MoNuSeg, one of CMU-1")
 
 
 def halved(path: Path) -> NDArray[np.uint8]:

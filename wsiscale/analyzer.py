@@ -196,7 +196,7 @@ def _answer(network: Network, plan: Plan, batch: _Batch, views: Sequence[str], d
 def _forward(network: Network, plan: Plan, tiles: Tensor) -> tuple[dict[_Key, Tensor], Tensor | None]:
     """One forward pass of (B, H, W, 3) uint8: everything pooled to (B, ...), and the softmax (B, C, h, w) if there is one."""
     taps = plan.taps if plan.head is None else (*plan.taps, plan.head)
-    with timed("forward", wall=True), _picked_up(network.module, taps) as pooled:
+    with timed("forward", wall=torch.get_num_threads() > 1 or tiles.is_cuda), _picked_up(network.module, taps) as pooled:
         answer = tensor_of(network, network.module(normalised(network, tiles)))
         if watching() and tiles.is_cuda:
             torch.cuda.synchronize(tiles.device)  # else the time would show where the answers are waited for

@@ -15,7 +15,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def watch() -> Iterator[dict[str, float]]:
-    """Seconds by part of what happens inside, in this process: CPU time of each part's own thread, of forward wall time.
+    """Seconds by part of what happens inside, in this process: CPU time of the part's own thread, or wall time.
 
     What an outer part calls is in it, too; no part of `PARTS` calls another. One watch at a time.
     """

@@ -229,7 +229,8 @@ def cohort_figure(path: Path, found: list[Masks]) -> None:
 
 def _landing(data: Path, cache: Path) -> str:
     curves = {slide: curve(segmenters.bundled(), data, cache, slide) for slide in MONUSEG}
-    peak = landing.peak({mpp: float(np.mean([of[mpp].dice for of in curves.values()])) for mpp in MPPS["bundled"]})
+    mpps = next(iter(curves.values()))
+    peak = landing.peak({mpp: float(np.mean([of[mpp].dice for of in curves.values()])) for mpp in mpps})
     own = {slide: landing.peak({mpp: q.dice for mpp, q in of.items()}) for slide, of in curves.items()}
 
     def measured() -> dict[str, float | None]:

@@ -24,7 +24,7 @@ from wsiscale.errors import SlideError
 from wsiscale.readers.files import BROKEN_FILE, FileReader, Scan, one_line, tiff_header
 from wsiscale.timing import timed
 
-# Decoded tiles that are kept, in bytes: two rows of 256 px tiles of a slide 40,000 px wide.
+# Decoded tiles that are kept: two rows of the widest level, so that a grid that cuts them decodes each once; no more bytes than
 CACHE = 64_000_000
 
 # Vendors whose levels are plain grids of tiles without overlap.
@@ -130,7 +130,8 @@ class _Tiff:
                 first += len(page.dataoffsets)
         for shape in ambiguous:
             del self.grids[shape]
-        self._tiles = _Recent(CACHE)
+        rows = (2.2 * grid.across * grid.tile[0] * grid.tile[1] * 3 for grid in self.grids.values())
+        self._tiles = _Recent(min(CACHE, round(max(rows, default=0))))
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
 
     def tile(self, grid: _Grid, number: int) -> NDArray[np.uint8] | None:
