@@ -18,6 +18,12 @@ hypothesis.settings.load_profile("wsiscale")
 DATA = Path(os.environ.get("WSISCALE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True)
+def exact_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks answer in float32 whatever this machine's cores can do, so that a test may ask for equality."""
+    monkeypatch.setattr("wsiscale.analyzer.has_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real slides, patches and weights; skips where it is absent."""

@@ -1168,6 +1168,16 @@ def test_bfloat16_is_near_float32() -> None:
         respond(network, stack, precision="int8")  # type: ignore[arg-type]
 
 
+def test_cores_with_bfloat16_use_it_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, stack = small(), stack_of(tiles())
+    in_half = respond(network, stack, precision="bfloat16")
+
+    monkeypatch.setattr("wsiscale.analyzer.has_bfloat16", lambda: True)
+    assert_close(respond(network, stack), in_half, tolerance=0)
+    monkeypatch.setattr("wsiscale.analyzer.has_bfloat16", lambda: False)
+    assert_close(respond(network, stack), respond(network, stack, precision="float32"), tolerance=0)
+
+
 def test_a_network_in_double_precision_works() -> None:
     assert_close(
         respond(small(), stack_of(tiles())), respond(small(lambda: nets.small_classifier().double()), stack_of(tiles()))
