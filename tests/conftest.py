@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads on shared cores cost up to 90x
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -18,10 +19,12 @@ hypothesis.settings.load_profile("wsiscale")
 DATA = Path(os.environ.get("WSISCALE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-@pytest.fixture(autouse=True)
-def exact_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def exact_arithmetic() -> Iterator[None]:
     """Networks answer in float32 whatever this machine's cores can do, so that a test may ask for equality."""
-    monkeypatch.setattr("wsiscale.analyzer.has_bfloat16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wsiscale.analyzer.has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,9 @@ RESAMPLES = 200
 SIGNIFICANCE = 0.01
 # A slide is unlike the bank where it is this many standard deviations less like it than the bank's slides are like each other.
 UNLIKE = 3.0
+# It may be unlike in one of the two ways, a slide of one tissue by its mean curve, say; but not by more than this. Noise of
+# tissue's colours has tiles here and there that look like tissue's, and a mean curve that is like nothing.
+ABSURD = 5.0
 # The deviation counts as no less than this (correlation; log distance): a slide may lie between the grid's scales, where the
 # bank's slides perhaps do not, and the deviation of few slides is a guess.
 LIKENESS_SPREAD = (0.05, 0.2)
@@ -245,6 +248,8 @@ def register(profile: Profile, response: ScaleResponse, *, seed: int = 0) -> Reg
     fits = [row for row in (0, 1) if _is_like(likeness[row], profile.likeness[row], LIKENESS_SPREAD[row])]
     if 0 in fits and _between(tiles) < MIXED * np.median([_between(t) for t in bank.of_each_slide()]):
         fits.remove(0)
+    if any(not _is_like(likeness[row], profile.likeness[row], LIKENESS_SPREAD[row], times=ABSURD) for row in (0, 1)):
+        fits = []
     if not fits:
         detail = "neither the slide's mean curve nor its tiles look like those of any reference slide, at any scale"
         return no("unlike_bank", detail, score=by_mean, method="mean curves")
@@ -911,13 +916,13 @@ def usual_error(errors: NDArray[np.float32], share: float) -> float:
     return float(np.quantile(known, min(1, share * (1 + 1 / len(known))))) if len(known) else STEP
 
 
-def _is_like(value: float, usual: NDArray[np.float32], smallest: float) -> bool:
+def _is_like(value: float, usual: NDArray[np.float32], smallest: float, *, times: float = UNLIKE) -> bool:
     """Whether the likeness is what the reference slides have among each other, or better."""
     known = usual[np.isfinite(usual)].astype(np.float64)
     if not len(known):
         return True
     spread = max(float(known.std(ddof=1)) if len(known) > 1 else 0.0, smallest)
-    return value >= float(known.mean()) - UNLIKE * spread
+    return value >= float(known.mean()) - times * spread
 
 
 def _leave_one_out(
