@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import shutil
@@ -42,10 +43,20 @@ def written(way: str, path: Path, out: Path, mpp: float) -> Written:
     return Written(
         cpu=used.ru_utime + used.ru_stime,
         wall=time.perf_counter() - started,
-        peak=used.ru_maxrss / 1024,
+        peak=int(_peak_file(out).read_text()) / 1024,
         megabytes=sum(file.stat().st_size for file in files) / 1e6,
         files=len(files),
     )
+
+
+def _peak_file(out: Path) -> Path:
+    return out.with_suffix(".peak")
+
+
+def _note_peak(out: Path) -> None:
+    """Peak memory in KiB of this process alone: what the parent is told of it starts with the parent's own."""
+    status = Path("/proc/self/status").read_text()
+    _peak_file(out).write_text(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def limit(path: Path, out: Path, mpp: float) -> None:
@@ -118,4 +129,5 @@ WAYS: dict[str, Callable[[Path, Path, float], None]] = {
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    atexit.register(_note_peak, Path(sys.argv[3]))
     WAYS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))
