@@ -57,7 +57,7 @@ from wsiscale.types import (
     Tissue,
 )
 from wsiscale.versions import versions
-from wsiscale.views import read_view
+from wsiscale.views import cores, read_view
 
 SCHEMA = 1  # of the `wsiscale` attributes, the tile table and the manifest
 MANIFEST = "manifest.json"
@@ -1199,7 +1199,7 @@ def _os_error(path: Path, error: OSError) -> StoreError:
 
 def _workers(threads: int | None) -> int:
     if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores()
     if threads < 1:
         raise OptionError(f"{threads} threads cannot work; give 1 or more")
     return threads

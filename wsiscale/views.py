@@ -39,7 +39,7 @@ def read_tiles(slide: Reader, grid: TileGrid, *, batch: int = 64, threads: int |
 
     `threads` read ahead, at most two batches (None: one a core that this process may use); memory does not grow with the slide.
     """
-    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    threads = cores() if threads is None else threads
 
     def read(number: int) -> NDArray[np.uint8]:
         y, x = grid.origins[number].tolist()
@@ -57,6 +57,11 @@ def read_tiles(slide: Reader, grid: TileGrid, *, batch: int = 64, threads: int |
                 yield tiles
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _submitted(
