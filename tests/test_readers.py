@@ -23,12 +23,13 @@ from wsiscale.errors import OptionError, SlideError
 from wsiscale.geometry import View
 from wsiscale.readers import ArrayReader, compatible, open_slide
 from wsiscale.readers.files import FileReader
-from wsiscale.readers.jpegtiff import JpegTiffReader
+from wsiscale.readers.jpegtiff import JpegTiffFastReader, JpegTiffReader
 from wsiscale.readers.openslide import OpenSlideReader
 from wsiscale.readers.tiffslide import TiffSlideReader
 from wsiscale.readers.tiffslide import _location as location
 from wsiscale.testing import ReaderContract, where_am_i, whereabouts
-from wsiscale.testing.slides import area_mean
+from wsiscale.testing.procedural import tissue
+from wsiscale.testing.slides import area_mean, write_svs
 from wsiscale.types import Reader
 from wsiscale.views import read_view
 
@@ -340,6 +341,64 @@ def test_tiles_of_every_codec_are_what_the_compatibility_reader_shows(
         np.testing.assert_array_equal(ours.read(**window), theirs.read(**window))
 
 
+@pytest.mark.parametrize(
+    ("photometric", "more", "most"),
+    [
+        ("rgb", {"compressionargs": {"level": 90}}, 0.8),  # YCbCr inside, 4:2:0
+        ("rgb", {"compressionargs": {"level": 90, "outcolorspace": "rgb"}, "subsampling": (1, 1)}, 0.8),
+        ("ycbcr", {"compressionargs": {"level": 90}, "subsampling": (2, 1)}, 3.5),
+    ],
+)
+def test_fast_has_levels_in_between_that_are_nearly_the_mean(
+    photometric: str, more: dict[str, Any], most: float, tmp_path: Path
+) -> None:
+    path = tmp_path / "slide.tif"
+    image, _ = tissue(1001, 1203, mpp=0.25, seed=3)
+    tifffile.imwrite(path, image, tile=(256, 240), photometric=photometric, compression="jpeg", **more)
+
+    with JpegTiffFastReader(path) as fast, JpegTiffReader(path) as exact:
+        assert fast.source.reader == "jpegtiff-fast"
+        assert fast.pyramid.downsamples == (1, 2, 4, 8)
+        assert fast.pyramid.shapes == ((1001, 1203), (501, 602), (251, 301), (126, 151))
+        full = exact.read(level=0, y=0, x=0, height=1001, width=1203)
+        np.testing.assert_array_equal(fast.read(level=0, y=0, x=0, height=1001, width=1203), full)
+        for level, factor in ((1, 2), (2, 4), (3, 8)):
+            truth = area_mean(full, factor).astype(int)
+            off = fast.read(level=level, y=0, x=0, height=len(truth), width=truth.shape[1]) - truth
+
+            assert np.abs(off).mean() < most  # half a pixel aside makes 4 and more, 13 at an eighth
+            assert np.abs(off.mean(axis=(0, 1))).max() < most
+
+
+def test_fast_fills_the_gaps_between_a_slides_own_levels(tmp_path: Path) -> None:
+    path = tmp_path / "slide.svs"
+    write_svs(path, tissue(1100, 900, mpp=0.25, seed=1)[0], mpp=0.25, power=40, levels=(1, 4, 16))
+
+    with JpegTiffReader(path) as exact, JpegTiffFastReader(path) as fast:
+        assert fast.pyramid.downsamples == (1, 2, 4, 8, 16, 32, 64, 128)
+        own = [fast.pyramid.shapes[k] for k in (0, 2, 4)]
+        assert own == list(exact.pyramid.shapes)
+        np.testing.assert_array_equal(*(r.read(level=k, y=9, x=30, height=60, width=50) for r, k in ((exact, 1), (fast, 2))))
+
+
+def test_fast_refuses_what_it_cannot_make_faster(svs: Path) -> None:
+    with pytest.raises(SlideError, match="no level is stored as JPEG tiles"):
+        open_slide(svs, reader="jpegtiff-fast")
+
+
+def test_fast_notices_a_jpeg_tile_that_ends_early(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, tissue(512, 512, mpp=0.25, seed=1)[0], tile=(256, 256), photometric="rgb", compression="jpeg")
+    patch_tags(path, {325: lambda counts: (counts[0] // 2, *counts[1:])})  # TileByteCounts
+
+    with JpegTiffFastReader(path) as slide:
+        with pytest.raises(SlideError, match="level 1") as caught:
+            slide.read(level=1, y=0, x=0, height=10, width=10)
+        slide.read(level=1, y=0, x=128, height=10, width=10)
+
+    assert caught.value.code == "READ_FAILED"
+
+
 def write_strips(path: Path) -> None:
     tifffile.imwrite(path, where_am_i(300, 400), photometric="rgb", rowsperstrip=64)
 
@@ -585,6 +644,17 @@ def test_unpickling_opens_nothing_and_a_process_has_one_reader_of_a_slide(
     first.close()
 
 
+def test_levels_in_between_are_there_when_a_slide_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "slide.svs"
+    write_svs(path, tissue(600, 600, mpp=0.25, seed=1)[0], mpp=0.25, power=40, levels=(1,))
+    with JpegTiffFastReader(path) as slide:
+        before = slide.read(level=2, y=5, x=5, height=90, width=80)
+    again = pickle.loads(pickle.dumps(slide))
+
+    np.testing.assert_array_equal(again.read(level=2, y=5, x=5, height=90, width=80), before)
+    again.close()
+
+
 def test_a_pickle_holds_no_pixels(svs: Path) -> None:
     with open_slide(svs) as slide:
         slide.read(level=0, y=0, x=0, height=512, width=512)
@@ -685,7 +755,7 @@ def test_a_real_slides_own_tiles_are_what_the_compatibility_reader_shows(name: s
     with open_slide(real_data / "slides" / name) as ours, compatible(real_data / "slides" / name) as theirs:
         assert (ours.pyramid, ours.calibration) == (theirs.pyramid, theirs.calibration)
         for level, shape in enumerate(ours.pyramid.shapes):
-            for _ in range(40):
+            for _ in range(60):
                 y, x = (int(rng.integers(-100, side)) for side in shape)
                 height, width = (int(side) for side in rng.integers(1, 700, 2))
                 window = {"level": level, "y": y, "x": x, "height": height, "width": width}

@@ -1,11 +1,8 @@
-"""The numbers of docs/default-network.md: `python training/evaluate_default.py [DATA]`.
-
-DATA is a folder with patches/monuseg and slides; without it only procedural tissue is measured.
-"""
+"""The numbers of docs/default-network.md: `python training/evaluate_default.py [DATA] [--weights FILE]`."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.stats import rankdata
 
 import wsiscale
@@ -28,8 +26,14 @@ TWENTY = ("TCGA-HE-7128", "TCGA-HE-7129")  # scanned at 0.5 µm/px, and not at t
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, nargs="?", help="with patches/monuseg and slides; without it only procedural tissue")
+    parser.add_argument("--weights", type=Path, help="of another training, in place of the embedded ones")
+    arguments = parser.parse_args()
     torch.set_num_threads(2)
     network = wsiscale.load_network()
+    if arguments.weights is not None:
+        network.module.load_state_dict(load_file(arguments.weights))
     # In training mode BatchNorm takes the batch's own statistics, which looks better than what anyone will get.
     assert not network.module.training
     found, away = [], []
@@ -39,9 +43,9 @@ def main() -> None:
         image, _ = tissue(1024, 1024, mpp=0.25, seed=seed, stain=random_stain(seed))
         away.append(report(network, f"procedural {seed}, AUC {found[-1]:.3f}", image, 0.25))
     summary("procedural", found, away)
-    if len(sys.argv) < 2:
+    if arguments.data is None:
         return
-    data, found, away = Path(sys.argv[1]), [], []
+    data, found, away = arguments.data, [], []
     for path in sorted((data / "patches" / "monuseg" / "images").glob("*.png")):
         image = np.asarray(Image.open(path).convert("RGB"))
         truth = np.asarray(Image.open(path.parents[1] / "masks" / path.name)) > 0

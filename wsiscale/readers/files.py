@@ -77,7 +77,7 @@ class FileReader(ABC, Generic[_Handle]):
         self._calibration = calibrate(scan.tags, override=mpp)
         self._pyramid = Pyramid(
             shapes=shapes,
-            downsamples=nominal_downsamples(shapes),
+            downsamples=scan.downsamples or nominal_downsamples(shapes),
             mpp=self._calibration.mpp,
             bounds=_proper(scan.bounds, shapes[0]),
         )
@@ -184,6 +184,7 @@ class Scan:
     tags: ScaleTags
     vendor: str
     bounds: tuple[int, int, int, int] | None = None  # (y, x, height, width) in level-0 px
+    downsamples: tuple[float, ...] = ()  # of each level where they are known better than from its rounded shape
 
 
 @dataclass(frozen=True)
