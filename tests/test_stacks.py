@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import dask
@@ -15,7 +16,7 @@ from distributed import Client, LocalCluster
 from wsiscale.errors import MppError, OptionError, ScaleError
 from wsiscale.geometry import View
 from wsiscale.readers import ArrayReader, open_slide
-from wsiscale.stacks import scale_stack
+from wsiscale.stacks import read_place, scale_stack
 from wsiscale.testing import where_am_i, write_svs
 from wsiscale.types import ScaleStack
 from wsiscale.views import read_view
@@ -151,3 +152,13 @@ def test_a_field_wider_than_memory_allows_is_read_piece_by_piece(image: np.ndarr
 
     assert np.abs(whole[:, :2].astype(int) - pieces[:, :2]).max() <= 1
     assert np.abs(whole.astype(int) - pieces).mean() < 1
+
+
+def test_a_place_is_read_without_dask_and_a_stack_whose_images_were_changed_as_they_are_now(image: np.ndarray) -> None:
+    stack = scale_stack(ArrayReader(image), PLACES, scales=SCALES, size=32)
+    dark = replace(stack, images=stack.images // 2)
+
+    assert stack.window(1) is not None
+    np.testing.assert_array_equal(read_place(stack, 1), stack.images[1].compute())
+    assert dark.window(1) is None
+    np.testing.assert_array_equal(read_place(dark, 1), stack.images[1].compute() // 2)

@@ -41,6 +41,7 @@ from wsiscale.layers import (
 from wsiscale.networks import Network, choose_device
 from wsiscale.objects import objects_of
 from wsiscale.scramble import SCRAMBLES
+from wsiscale.stacks import read_place
 from wsiscale.timing import timed, watching
 from wsiscale.training_tiles import referring
 from wsiscale.types import LayerMoments, Outputs, ScaleResponse, ScaleStack, Window
@@ -353,14 +354,13 @@ class _Tiles:
 
 def _tiles_of(stack: ScaleStack | Sequence[NDArray[np.uint8]], scales: Sequence[float] | NDArray[np.floating] | None) -> _Tiles:
     if isinstance(stack, ScaleStack):
-        images = stack.images
-        places, _, height, width, _ = images.shape
+        places, _, height, width, _ = stack.images.shape
         tiles = _Tiles(
             places=places,
             scales=stack.scales,
             slide_mpp=stack.slide_mpp,
             shapes=((height, width),) * len(stack.scales),
-            read=lambda place: images[place].compute(scheduler="synchronous"),
+            read=lambda place: list(read_place(stack, place)),
             window=stack.window,
         )
     else:

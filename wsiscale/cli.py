@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from wsiscale.errors import NoTissueError, OptionError, WsiscaleError
+from wsiscale.memory import keep_memory
 
 if TYPE_CHECKING:
     from wsiscale.types import Reader, ScaleEstimate
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 def run() -> None:
     """The `wsiscale` command."""
+    keep_memory()
     sys.exit(main())
 
 

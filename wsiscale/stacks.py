@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from wsiscale.errors import OptionError
 from wsiscale.geometry import centered_view, check_upsampling, level_for, plan_read, scale_for_mpp
 from wsiscale.resample import resample_stack
-from wsiscale.types import Reader, ScaleStack, Window
+from wsiscale.types import Reader, ScaleStack, Window, Windows
 from wsiscale.views import read_view
 
 # Of more px than this, 192 MB, no window is held: each view is then read by itself.
@@ -69,8 +69,16 @@ def scale_stack(
         slide_mpp=pyramid.mpp,
         source_level=level,
         upsampled=upsampled,
-        window=partial(_window_of, slide, centers, tuple(wanted.tolist()), size, level),
+        windows=Windows(images.name, partial(_window_of, slide, centers, tuple(wanted.tolist()), size, level)),
     )
+
+
+def read_place(stack: ScaleStack, place: int) -> NDArray[np.uint8]:
+    """One place of a stack at every scale, now and here, without dask's 10 ms: (S, H, W, 3)."""
+    window = stack.window(place)
+    if window is None:
+        return np.asarray(stack.images[place].compute(scheduler="synchronous"))
+    return resample_stack(window.plans, window.pixels, y=window.y, x=window.x)
 
 
 def _window_of(

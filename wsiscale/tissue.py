@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from skimage import filters
 
 from wsiscale.errors import OptionError
 from wsiscale.plugins import load_object
@@ -69,9 +68,9 @@ def stained(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     low, high, _, _ = cv2.minMaxLoc(chroma, usable.view(np.uint8))
     if high - low < 1e-6:
         return np.asarray(usable & (chroma > _STRONGEST_CUT))
-    counts = cv2.calcHist([chroma], [0], usable.view(np.uint8), [256], [low, high]).ravel()
-    otsu = filters.threshold_otsu(hist=(counts, np.linspace(low, high, 513)[1::2]))
-    cut = float(np.clip(otsu, _FAINTEST, _STRONGEST_CUT))
+    steps = cv2.convertScaleAbs(chroma, alpha=255 / (high - low), beta=-255 * low / (high - low))[usable]
+    otsu, _ = cv2.threshold(steps[None], 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    cut = min(max(low + otsu / 255 * (high - low), _FAINTEST), _STRONGEST_CUT)
     # Nuclei and the gaps between them belong together: the neighbourhood decides, at half the cut.
     # Held to twice the cut, the strongest stain spreads no further than the faintest.
     near = _blurred(np.minimum(chroma, np.float32(2 * cut)) * usable, 2)

@@ -150,6 +150,14 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """What the tiles of a stack are made from."""
+
+    images: str  # name of the dask array that is made of them, as they are
+    read: Callable[[int], Window | None]  # place -> its window; None where that is too large to hold
+
+
+@dataclass(frozen=True)
 class ScaleStack:
     """Tiles nested on one centre at every scale, equal in pixel size, all from one source level."""
 
@@ -159,12 +167,16 @@ class ScaleStack:
     slide_mpp: float | None  # µm/px of level 0
     source_level: int
     upsampled: NDArray[np.bool_]  # (S,) finer than level 0
-    window: Callable[[int], Window | None] | None = None  # place -> the pixels that its tiles come from, where they are known
+    windows: Windows | None = None
 
     @property
     def mpp(self) -> NDArray[np.float64] | None:
         """(S,) µm/px of each scale, None where the slide's is unknown."""
         return None if self.slide_mpp is None else self.scales * self.slide_mpp
+
+    def window(self, place: int) -> Window | None:
+        """The pixels that a place's tiles come from; None where they are not known, or somebody has changed the images."""
+        return self.windows.read(place) if self.windows is not None and self.windows.images == self.images.name else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import wsiscale as ws
-from benchmarks.performance.measure import cpu_seconds
+from benchmarks.performance.measure import as_installed, cpu_seconds
 from wsiscale.timing import watch
 
 
@@ -18,7 +18,7 @@ def seconds(*argv: str) -> float:
     """Wall time of one `wsiscale` command, imports included."""
     command = [str(Path(sys.executable).with_name("wsiscale")), *argv]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=as_installed())
     if done.returncode not in (0, 3):  # 3: it abstained
         raise RuntimeError(f"wsiscale {' '.join(argv)}: {done.stderr}")
     return time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,11 @@ def interleaved(ways: Mapping[str, Callable[[], int]], *, rounds: int = 5) -> di
             count = way()
             found[name].append(Cost(count, cpu_seconds() - cpu, time.perf_counter() - wall))
     return found
+
+
+def as_installed() -> dict[str, str]:
+    """The environment of a command: one that may keep its compiled modules, as every installation does."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def cpu_seconds() -> float:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.performance.measure import as_installed
+
 MPP = 0.25  # of the slide
 CHUNK, SHARD = 256, 2048
 
@@ -34,7 +36,8 @@ class Written:
 def written(way: str, path: Path, out: Path, mpp: float) -> Written:
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", __spec__.name, way, str(path), str(out), str(mpp)])
+    command = [sys.executable, "-W", "ignore", "-m", __spec__.name, way, str(path), str(out), str(mpp)]
+    process = subprocess.Popen(command, env=as_installed(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
