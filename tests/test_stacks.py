@@ -12,10 +12,12 @@ import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wsiscale.errors import MppError, OptionError, ScaleError
 from wsiscale.geometry import View
-from wsiscale.readers import ArrayReader, open_slide
+from wsiscale.readers import ArrayReader, compatible, open_slide
 from wsiscale.stacks import read_place, scale_stack
 from wsiscale.testing import where_am_i, write_svs
 from wsiscale.types import ScaleStack
@@ -162,3 +164,19 @@ def test_a_place_is_read_without_dask_and_a_stack_whose_images_were_changed_as_t
     np.testing.assert_array_equal(read_place(stack, 1), stack.images[1].compute())
     assert dark.window(1) is None
     np.testing.assert_array_equal(read_place(dark, 1), stack.images[1].compute() // 2)
+
+
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "OS-1-detail.ome.tif", "TCGA-CR-7395-01A-01-TS1.svs"])
+def test_tiles_and_stacks_are_the_same_through_either_reader(name: str, real_data: Path) -> None:
+    with open_slide(real_data / "slides" / name) as ours, compatible(real_data / "slides" / name) as theirs:
+        height, width = ours.pyramid.shape
+
+        @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+        @given(y=st.floats(-50, height), x=st.floats(-50, width), scale=st.floats(1, 1.9), step=st.floats(1.05, 2.5))
+        def same_pixels(y: float, x: float, scale: float, step: float) -> None:
+            view = View(y=y, x=x, height=90, width=70, scale=scale)  # from level 0, which both decode alike
+            np.testing.assert_array_equal(read_view(ours, view), read_view(theirs, view))
+            stacks = [scale_stack(slide, np.array([[y, x]]), scales=[scale, scale * step], size=48) for slide in (ours, theirs)]
+            np.testing.assert_array_equal(*(read_place(stack, 0) for stack in stacks))
+
+        same_pixels()

@@ -391,6 +391,93 @@ def tile(
     return DONE
 
 
+@app.command(name="run")
+def run_(
+    cohort: Annotated[str, typer.Argument(help="a folder, a pattern in quotes, or a CSV of path[,id][,mpp]", metavar="COHORT")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for stores, records and the manifest")],
+    model: Model = None,
+    weights: Weights = None,
+    trust_model: TrustModel = False,
+    criterion: Criterion = None,
+    mpp_range: MppRange = None,
+    places: Places = None,
+    precision: Precision = 0.1,
+    max_upsample: MaxUpsample = 1.0,
+    profile: ProfileCard = "auto",
+    trust_tag: TrustTag = True,
+    detector: TissueSpec = None,
+    reader: ReaderName = "auto",
+    on_abstain: Annotated[
+        str, typer.Option(help="slides without an answer: skip, fixed:MPP, or cohort-median", metavar="POLICY")
+    ] = "skip",
+    tile_size: Annotated[int, typer.Option(help="px of the tiles in a store's table")] = 512,
+    overlap: Annotated[int, typer.Option(help="px shared by neighbouring tiles of the table")] = 0,
+    min_tissue: Annotated[float, typer.Option(help="least share of tissue in a tile, 0..1")] = 0.1,
+    ngff: Annotated[str, typer.Option(help="0.5, or 0.4 for QuPath and TIAToolbox")] = "0.5",
+    pixels: Annotated[str, typer.Option(help="tissue, or none: table and estimate alone")] = "tissue",
+    tolerance: Tolerance = 0.01,
+    workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="address of a dask scheduler, in place of --workers")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="part i of n of the cohort, 0/8 to 7/8, for job arrays", metavar="I/N")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="slides that ended without a store, too")] = False,
+    time_limit: Annotated[float, typer.Option(help="seconds for one slide")] = 3600,
+    memory_limit: Annotated[float | None, typer.Option(help="GB for a slide that has killed its worker, tried alone")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> int:
+    """Estimate and write a whole cohort; run it again to go on where it stopped. Exit code 1 where a slide failed.
+
+    Example: wsiscale run 'slides/*.svs' -o out --workers 4
+    """
+    from wsiscale.cohort.engine import run_cohort
+    from wsiscale.cohort.one_slide import RunOptions
+    from wsiscale.cohort.plan import read_cohort, shard_of
+
+    options = RunOptions(
+        model=model,
+        weights=None if weights is None else str(weights),
+        trust_model=trust_model,
+        criterion=criterion,
+        mpp_range=_parse_range(mpp_range, "--mpp-range"),
+        places=places,
+        precision=precision or None,
+        max_upsample=max_upsample,
+        seed=seed,
+        profile=None if profile == "none" else profile,
+        trust_tag=trust_tag,
+        detector=detector,
+        reader=reader,
+        on_abstain=on_abstain,
+        tiles=tile_size,
+        overlap=overlap,
+        min_tissue=min_tissue,
+        ngff=ngff,
+        pixels=pixels,
+        tolerance=tolerance,
+        device=device,
+        time_limit=time_limit,
+        memory_limit=memory_limit,
+        retry=retry,
+    )
+    specs = read_cohort(cohort)
+    specs = specs if shard is None else shard_of(specs, shard)
+    with _running(len(specs)) as told:
+        summary = run_cohort(specs, output, options, client=scheduler, workers=workers, told=told)
+    if as_json:
+        _print_json({"out": str(summary.out), "counts": dict(summary.counts), "seconds": round(summary.seconds, 1)})
+    else:
+        print(summary.sentence())
+    if summary.counts.get("abstained"):
+        print(
+            f"{summary.counts['abstained']} slides have no answer and were not written; see {output / 'summary.md'}",
+            file=sys.stderr,
+        )
+    return FAILED if summary.failed else DONE
+
+
 @app.command()
 def profile(
     slides: Annotated[list[str], typer.Argument(help="slides whose µm/px is right, unlabelled; two or more", metavar="SLIDES")],
@@ -679,6 +766,33 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _running(total: int) -> Iterator[Callable[[str, Any, Any], None]]:
+    """A line for each slide that is being worked on and one for all, on stderr, silent where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        all_of_them = bars.add_task("slides", total=total)
+        lines: dict[str, Any] = {}
+
+        def told(event: str, spec: Any, record: Any) -> None:
+            if event == "started":
+                lines[spec.id] = bars.add_task(f"  {spec.id}", total=None)
+                return
+            if (line := lines.pop(spec.id, None)) is not None:
+                bars.remove_task(line)
+            bars.advance(all_of_them)
+            if record["status"] not in ("ok", "no_tissue"):
+                console.print(
+                    f"{spec.id}: {record['status']} {record.get('code') or ''} {record.get('message') or ''}", highlight=False
+                )
+
+        yield told
 
 
 def _parse_range(text: str | None, option: str) -> tuple[float, float] | None:

@@ -244,6 +244,7 @@ def write_store(
     max_upsample: float = 1.0,
     halo_um: float = 64.0,
     estimate: Mapping[str, Any] | None = None,
+    made_of: Mapping[str, Any] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
@@ -252,7 +253,8 @@ def write_store(
 
     Chunks within `halo_um` of tissue (256 level-0 px where the slide's µm/px is unknown) or of a tile are written, the rest
     is white; the canvas is the whole slide. `tile_size` and `overlap`, px of the store, are those of the tile table.
-    With `pixels` "none" there is a tile table alone. `estimate` is kept as it is, as JSON. One thread works at one shard and
+    With `pixels` "none" there is a tile table alone. `estimate` and `made_of` (by which a
+    cohort knows its own) are kept as they are, as JSON. One thread works at one shard and
     needs about 150 MB. `overwrite` replaces a store at `path` once the new one is whole.
 
     Raises StoreError (EXISTS, LOCKED, NOT_WRITABLE, NO_SPACE, ...), NoTissueError, ScaleError where it is finer than level 0
@@ -260,7 +262,9 @@ def write_store(
     """
     started = time.perf_counter()
     final = Path(os.path.abspath(path))
-    provenance = None if estimate is None else _plain_json(estimate)
+    kept = {
+        name: None if value is None else _plain_json(value) for name, value in (("estimate", estimate), ("made_of", made_of))
+    }
     workers = _workers(threads)
     with _published(final, overwrite=overwrite) as temporary:
         plan = plan_store(
@@ -287,7 +291,7 @@ def write_store(
         root = zarr.open_group(temporary, mode="w-", zarr_format=_PROFILES[ngff].zarr_format)
         expected = _write_image(root, plan, slide, workers, progress) if plan.shapes else set()
         _write_tiles(root, plan)
-        root.attrs.update(_root_attributes(plan, slide, provenance))
+        root.attrs.update(_root_attributes(plan, slide, kept))
         tiles = {"total": plan.tiles, "ok": plan.tiles if plan.shapes else 0, "failed": 0}
         files, size = _write_manifest(temporary, {"tiles": tiles, "chunks": plan.chunks, "shards": plan.shards}, expected)
     return StoreSummary(
@@ -820,7 +824,7 @@ def _write_column(group: zarr.Group, name: str, values: NDArray[Any], dimensions
     group.create_array(name, **settings)[...] = values
 
 
-def _root_attributes(plan: StorePlan, slide: Reader, estimate: Any) -> dict[str, Any]:
+def _root_attributes(plan: StorePlan, slide: Reader, kept: Mapping[str, Any]) -> dict[str, Any]:
     calibration = slide.calibration
     half_pixel = 0.5 / plan.scale - 0.5
     claimed = calibration.claimed
@@ -857,7 +861,7 @@ def _root_attributes(plan: StorePlan, slide: Reader, estimate: Any) -> dict[str,
         "levels": len(plan.shapes),
         "ngff": plan.ngff if plan.shapes else None,
         "halo": plan.halo,
-        "estimate": estimate,
+        **kept,
         "versions": versions("zarr", "numpy"),
     }
     if not plan.shapes:

@@ -15,7 +15,7 @@ from wsiscale.testing.slides import write_svs
 BLOCK = 512  # px
 BLOCKS = 10
 MPP = 0.25
-LARGE, SMALL = 20_000, 8_000  # px on a side
+SMALL, LARGE, HUGE = 8_000, 20_000, 35_840  # px on a side: 64, 400 and 1,280 MP
 QUALITY = 85
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -25,23 +26,30 @@ SIZE = 256
 
 
 def ways(path: Path, *, mpp: float, tiles: int | None) -> dict[str, Callable[[], int]]:
-    """Name -> a function that makes the tiles and says how many. All but the last two take mask and grid as given."""
+    """Name -> a function that makes the tiles and says how many. Mask and grid are given where the name says nothing else."""
     with ws.open_slide(path) as slide:
         grid = _first(tile_grid(find_tissue(slide), mpp=mpp, size=SIZE), tiles)
-    return {
+    ways: dict[str, Callable[[], int]] = {
         "limit: decode each JPEG tile once, area mean": lambda: _count(limit(path, grid)),
         "OpenSlide read_region, cv2 INTER_AREA": lambda: _count(by_openslide(path, grid)),
         "TiffSlide read_region, cv2 INTER_AREA": lambda: _count(by_tiffslide(path, grid)),
         "wsiscale, one thread": lambda: _count(ours(path, grid, threads=1)),
         "wsiscale, mask and grid too, one thread": lambda: _count(ours(path, None, threads=1, mpp=mpp, tiles=tiles)),
+        "wsiscale, two threads": lambda: _count(ours(path, grid, threads=2)),
         "wsiscale, mask and grid too, two threads": lambda: _count(ours(path, None, threads=2, mpp=mpp, tiles=tiles)),
+        "wsiscale, jpegtiff-fast, one thread": lambda: _count(ours(path, grid, threads=1, reader="jpegtiff-fast")),
     }
+    if find_spec("cucim") is not None:
+        ways["cuCIM read_region, cv2 INTER_AREA"] = lambda: _count(by_cucim(path, grid))
+    if find_spec("lazyslide") is not None:
+        ways["LazySlide, its own mask and grid"] = lambda: _count(by_lazyslide(path, mpp=mpp))
+    return ways
 
 
 def ours(
-    path: Path, grid: TileGrid | None, *, threads: int, mpp: float = 0.5, tiles: int | None = None
+    path: Path, grid: TileGrid | None, *, threads: int, mpp: float = 0.5, tiles: int | None = None, reader: str = "auto"
 ) -> Iterator[NDArray[np.uint8]]:
-    with ws.open_slide(path) as slide:
+    with ws.open_slide(path, reader=reader) as slide:
         if grid is None:
             grid = _first(tile_grid(find_tissue(slide), mpp=mpp, size=SIZE), tiles)
         for batch in ws.read_tiles(slide, grid, threads=threads):
@@ -96,6 +104,28 @@ def by_tiffslide(path: Path, grid: TileGrid) -> Iterator[NDArray[np.uint8]]:
         for y, x in grid.origins:
             region = slide.read_region((round(x), round(y)), 0, (side, side), as_array=True, padding=False)
             yield cv2.resize(region, (grid.size, grid.size), interpolation=cv2.INTER_AREA)
+
+
+def by_cucim(path: Path, grid: TileGrid) -> Iterator[NDArray[np.uint8]]:
+    from cucim import CuImage
+
+    side = round(grid.size * grid.scale)
+    slide = CuImage(str(path))
+    for y, x in grid.origins:
+        region = np.asarray(slide.read_region((round(x), round(y)), (side, side), level=0))
+        yield cv2.resize(region, (grid.size, grid.size), interpolation=cv2.INTER_AREA)
+
+
+def by_lazyslide(path: Path, *, mpp: float) -> Iterator[NDArray[np.uint8]]:
+    """The complete tool as its documentation has it, on its fastest reader here."""
+    import lazyslide
+    from wsidata import open_wsi
+
+    slide = open_wsi(str(path), reader="tiffslide", store=None)
+    lazyslide.pp.find_tissues(slide)
+    lazyslide.pp.tile_tissues(slide, SIZE, mpp=mpp)
+    for tile in slide.iter.tile_images("tiles"):
+        yield np.asarray(tile.image)
 
 
 def exactness(path: Path, *, mpp: float, tiles: int = 24) -> tuple[float, float]:
