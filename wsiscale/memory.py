@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of glibc's mallopt
-_LARGEST, _FREE = 32 * 2**20, 256 * 2**20  # bytes
+_LARGEST, _FREE = 8 * 2**20, 256 * 2**20  # bytes
 
 
 def keep_memory() -> None:

@@ -56,8 +56,9 @@ def _starts(length: int, stride: float) -> NDArray[np.int64]:
 
 def _share(tissue: Tissue, tops: NDArray[np.int64], lefts: NDArray[np.int64], side: float) -> NDArray[np.float64]:
     """Share of tissue in each square, by a summed-area table read between mask pixels."""
-    table = np.zeros((tissue.mask.shape[0] + 1, tissue.mask.shape[1] + 1))
-    table[1:, 1:] = tissue.mask.cumsum(axis=0).cumsum(axis=1)
+    table = np.zeros((tissue.mask.shape[0] + 1, tissue.mask.shape[1] + 1), np.int32)
+    inside = table[1:, 1:]
+    np.cumsum(tissue.mask, axis=0, out=inside).cumsum(axis=1, out=inside)
     y, x = tops.astype(float), lefts.astype(float)
     rows = _between(table, (y + side) / tissue.step, axis=0) - _between(table, y / tissue.step, axis=0)
     area = _between(rows, (x + side) / tissue.step, axis=1) - _between(rows, x / tissue.step, axis=1)
@@ -65,7 +66,7 @@ def _share(tissue: Tissue, tops: NDArray[np.int64], lefts: NDArray[np.int64], si
     return share
 
 
-def _between(table: NDArray[np.float64], at: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:
+def _between(table: NDArray[np.float64] | NDArray[np.int32], at: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:
     """`table` at fractional positions along `axis`, held constant beyond its ends."""
     at = np.clip(at, 0, table.shape[axis] - 1)
     below = np.minimum(np.floor(at).astype(np.intp), table.shape[axis] - 2)

@@ -577,7 +577,9 @@ def _touched_chunks(
 ) -> tuple[NDArray[np.bool_], ...]:
     """The chunks of each level that tissue, within `halo` level-0 px, or a tile reaches; a coarser one if a finer one is."""
     counts = tuple(math.ceil(side / chunk) for side in shapes[0])
-    area = np.pad(tissue.mask.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    area = np.zeros((tissue.mask.shape[0] + 1, tissue.mask.shape[1] + 1), np.int32)
+    inside = area[1:, 1:]
+    np.cumsum(tissue.mask, axis=0, out=inside).cumsum(axis=1, out=inside)
     bounds = []
     for count, cells in zip(counts, tissue.mask.shape, strict=True):
         edges = np.arange(count + 1) * chunk * grid.scale  # level-0 px

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import cv2
@@ -56,39 +56,57 @@ def stained(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     Works in optical density against the slide's own glass, so that pale H&E and immunostains pass; the cut is Otsu's between
     fixed bounds, so that an all-white slide stays empty and a slide full of tissue stays full.
     """
-    planes = cv2.split(image)
-    if _quantile(_largest(planes), 0.75) < 100:
-        return np.zeros(image.shape[:2], bool)  # no glass, no light: fluorescence, or a lid left closed
-    red, green, blue = _densities(planes)
-    chroma = _largest((red, green, blue)) - cv2.min(cv2.min(red, green), blue)
-    total = (red + green + blue) / 3
-    # Dust and shadows are grey; black ink dries with a tint.
-    coloured = chroma >= np.where(total > 0.7, np.float32(0.3), np.float32(0.08)) * total
-    usable = coloured & ~_pen(red, green, blue)
+    chroma, usable = _stain(cv2.split(image))
     low, high, _, _ = cv2.minMaxLoc(chroma, usable.view(np.uint8))
     if high - low < 1e-6:
         return np.asarray(usable & (chroma > _STRONGEST_CUT))
     steps = cv2.convertScaleAbs(chroma, alpha=255 / (high - low), beta=-255 * low / (high - low))[usable]
     otsu, _ = cv2.threshold(steps[None], 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     cut = min(max(low + otsu / 255 * (high - low), _FAINTEST), _STRONGEST_CUT)
-    # Nuclei and the gaps between them belong together: the neighbourhood decides, at half the cut.
-    # Held to twice the cut, the strongest stain spreads no further than the faintest.
-    near = _blurred(np.minimum(chroma, np.float32(2 * cut)) * usable, 2)
-    return _tidy(usable & (chroma > cut / 2) & (near > cut))
+    mask = np.empty_like(usable)
+    for inner, outer, within in _bands(len(mask)):
+        # Nuclei and the gaps between them belong together: the neighbourhood decides, at half the cut.
+        # Held to twice the cut, the strongest stain spreads no further than the faintest.
+        near = _blurred(np.minimum(chroma[outer], np.float32(2 * cut)) * usable[outer], 2)
+        mask[inner] = (usable[outer] & (chroma[outer] > cut / 2) & (near > cut))[within]
+    return _tidy(mask)
+
+
+def _stain(planes: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """How coloured each pixel is, in optical density, and whether it may be stain at all: (h, w) each."""
+    chroma, usable = np.empty(planes[0].shape, np.float32), np.zeros(planes[0].shape, bool)
+    if _quantile(_largest(planes), 0.75) < 100:
+        chroma[:] = 0
+        return chroma, usable  # no glass, no light: fluorescence, or a lid left closed
+    tables = _densities(planes)
+    for inner, outer, within in _bands(len(chroma)):
+        red, green, blue = (_blurred(cv2.LUT(plane[outer], table), 1) for plane, table in zip(planes, tables, strict=True))
+        difference = _largest((red, green, blue)) - cv2.min(cv2.min(red, green), blue)
+        total = (red + green + blue) / 3
+        # Dust and shadows are grey; black ink dries with a tint.
+        coloured = difference >= np.where(total > 0.7, np.float32(0.3), np.float32(0.08)) * total
+        chroma[inner], usable[inner] = difference[within], (coloured & ~_pen(red, green, blue))[within]
+    return chroma, usable
+
+
+_BAND = 256  # rows that are worked on at a time, which stay near the cache
+_REACH = 8  # rows by which a pixel's neighbourhood goes beyond it
+
+
+def _bands(height: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of a band, the rows that it is made of, and the band within those."""
+    for start in range(0, height, _BAND):
+        end, first = min(start + _BAND, height), max(0, start - _REACH)
+        yield slice(start, end), slice(first, min(end + _REACH, height)), slice(start - first, end - first)
 
 
 def _densities(planes: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """Optical density of red, green and blue against the slide's own glass, at least 0, smoothed: (h, w) each."""
+    """Optical density, at least 0, of every grey level of red, green and blue against the slide's own glass: (256,) each."""
     bright = cv2.min(cv2.min(planes[0], planes[1]), planes[2]) > 200
     # Where there is no glass in view, white has to do.
     known = np.count_nonzero(bright) > 0.01 * bright.size
-    grey = np.arange(256)
-    densities = []
-    for plane in planes:
-        glass = _quantile(plane, 0.5, where=bright) if known else 255
-        density = np.clip(np.log10((glass + 1) / (grey + 1)), 0, None).astype(np.float32)
-        densities.append(_blurred(cv2.LUT(plane, density), 1))
-    return densities
+    glass = [_quantile(plane, 0.5, where=bright) if known else 255 for plane in planes]
+    return [np.clip(np.log10((level + 1) / (np.arange(256) + 1)), 0, None).astype(np.float32) for level in glass]
 
 
 def _pen(red: NDArray[np.float32], green: NDArray[np.float32], blue: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -122,9 +140,14 @@ def _blurred(plane: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
 def _tidy(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Without specks and pinholes of less than 25 px."""
     for value in (True, False):
-        _, labels = cv2.connectedComponents((mask == value).view(np.uint8), connectivity=4)
-        small = np.bincount(labels.ravel()) < 25
+        count, labels = cv2.connectedComponents((mask == value).view(np.uint8), connectivity=4)
+        # By bands, since bincount makes a copy of eight bytes a pixel.
+        sizes = np.zeros(count, np.int64)
+        for band, _, _ in _bands(len(mask)):
+            sizes += np.bincount(labels[band].ravel(), minlength=count)
+        small = sizes < 25
         small[0] = False
         if small.any():
             mask = mask ^ small[labels]
+        del labels  # before there are others
     return mask

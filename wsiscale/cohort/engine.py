@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import dask
 import numpy as np
-from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+from distributed import Client, Future, KilledWorker, LocalCluster
 
 from wsiscale.cohort.one_slide import SCHEMA, RunOptions, estimate_slide, process_slide, read_record, write_record, write_slide
 from wsiscale.cohort.plan import SlideSpec
@@ -124,12 +125,12 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
     running: dict[Future, tuple[SlideSpec, bool]] = {}  # on a GPU
     poisonous: list[SlideSpec] = []
     limit = options.time_limit
-    finished = as_completed()
+    finished: SimpleQueue[Future] = SimpleQueue()
 
     def submit(spec: SlideSpec, on_gpu: bool, work: Callable[..., dict[str, Any]], *more: Any, **where: Any) -> None:
         future = client.submit(_within, limit, work, asdict(spec), asdict(options), str(out), *more, pure=False, **where)
         running[future] = (spec, on_gpu)
-        finished.add(future)
+        future.add_done_callback(finished.put)
 
     def fill() -> None:
         busy = sum(on_gpu for _, on_gpu in running.values())
@@ -152,7 +153,7 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
     fill()
     try:
         while running:
-            future = next(finished)
+            future = finished.get()
             spec, _ = running.pop(future)
             error = future.exception()
             if error is None:
@@ -222,6 +223,8 @@ def _client(client: Client | str | None, workers: int) -> Iterator[Client]:
         return
     if workers < 1:
         raise OptionError(f"at least one worker is needed, not {workers}")
+    for name in ("distributed", "distributed.scheduler", "distributed.nanny", "distributed.worker", "distributed.core"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own; what became of a slide is told
     # A worker that dies takes one slide with it, and that one is tried again elsewhere: not three times here.
     settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": False}
     env = {"OMP_NUM_THREADS": str(max(1, cores() // workers)), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -232,7 +235,7 @@ def _client(client: Client | str | None, workers: int) -> Iterator[Client]:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # somewhere: 8787 may be taken
             silence_logs=logging.ERROR,
             env=env,
         ) as cluster,

@@ -71,12 +71,12 @@ def shard_of(specs: Sequence[SlideSpec], shard: str) -> list[SlideSpec]:
 def _slides_below(folder: Path) -> Iterator[Path]:
     for here, folders, files in os.walk(folder):
         folders.sort()
-        if any(name.lower().endswith(".dcm") for name in files):
+        slides = sorted(name for name in files if name.lower().endswith(SUFFIXES))
+        if not slides and any(name.lower().endswith(".dcm") for name in files):
             folders.clear()
             yield Path(here)
             continue
         # A MIRAX slide keeps its pixels in a folder of its own name; OME-Zarr stores are folders, too.
-        slides = sorted(name for name in files if name.lower().endswith(SUFFIXES))
         stems = {Path(name).stem for name in slides}
         folders[:] = [name for name in folders if name not in stems and not name.endswith(".zarr")]
         yield from (Path(here, name) for name in slides)
@@ -90,7 +90,7 @@ def _spec(path: Path, root: Path, mpp: float | None = None) -> SlideSpec:
 
 def safe_id(name: str) -> str:
     """`name` as one file name that cannot leave its folder: other than letters, digits, -_.~ and spaces become %XX."""
-    safe = quote(name, safe=" ").replace("\x7f", "%7F")
+    safe = quote(name, safe=" ", errors="surrogatepass")
     if safe.startswith("."):
         safe = "%2E" + safe[1:]  # neither hidden nor . or ..
     if safe.endswith((".", " ")):
@@ -102,8 +102,8 @@ def safe_id(name: str) -> str:
 
 def _rows_of(table: Path) -> Iterator[SlideSpec]:
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
+        with table.open(newline="", encoding="utf-8-sig") as opened:
+            rows = list(csv.DictReader(opened, strict=True))
             fields = [(field or "").strip().lower() for field in (rows[0] if rows else ())]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise OptionError(f"{table} cannot be read as a CSV table: {error}; give a file with the column path") from error

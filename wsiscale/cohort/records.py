@@ -51,18 +51,17 @@ def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record.get(name) for name in COLUMNS} | {"ci90_low": low, "ci90_high": high}
 
 
-def write_manifest(out: Path, records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def write_manifest(out: Path, rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """manifest.csv and manifest.jsonl, each whole or not at all; returns the number of slides by status."""
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     lines = []
     counts: Counter[str] = Counter()
-    for record in records:
-        row = row_of(record)
+    for row in rows:
         counts[row["status"]] += 1
         writer.writerow(row)
-        lines.append(json.dumps(row, allow_nan=False))
+        lines.append(json.dumps(dict(row), allow_nan=False))
     _replace(out / "manifest.csv", table.getvalue())
     _replace(out / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
     return {status: counts[status] for status in STATUSES if counts[status]}

@@ -34,6 +34,7 @@ from wsiscale.timing import timed
 
 # Decoded tiles that are kept: two rows of the widest level, so that a grid that cuts them decodes each once; no more bytes than
 CACHE = 64_000_000
+WHOLE = 12_000_000  # bytes of tiles that a window has used whole, and only windows that overlap it ask for again
 
 _JPEG = 7  # TIFF's number for it
 _REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
@@ -79,12 +80,12 @@ class JpegTiffReader(FileReader["_Tiff"]):
         grid = handle.grids[self._pyramid.shapes[level]]
         height, width = pixels.shape[:2]
         for number, top, left in grid.touching(y, x, height, width):
-            try:
-                tile = handle.tile(grid, number)
-            except BROKEN_FILE as error:
-                raise self._failed(error, level=level, y=top, x=left, shape=grid.tile) from error
             y0, x0 = max(y, top), max(x, left)
             y1, x1 = min(y + height, top + grid.tile[0]), min(x + width, left + grid.tile[1])
+            try:
+                tile = handle.tile(grid, number, whole=(y1 - y0, x1 - x0) == grid.tile)
+            except BROKEN_FILE as error:
+                raise self._failed(error, level=level, y=top, x=left, shape=grid.tile) from error
             part = pixels[y0 - y : y1 - y, x0 - x : x1 - x]
             part[:] = 255 if tile is None else tile[y0 - top : y1 - top, x0 - left : x1 - left]
 
@@ -179,16 +180,19 @@ class _Tiff:
                 )
                 first += len(grid.sizes)
         rows = (2.2 * grid.across * grid.tile[0] * grid.tile[1] * 3 for grid in self.grids.values())
-        self._tiles = _Recent(min(CACHE, round(max(rows, default=0))))
+        self._cut = _Recent(min(CACHE, round(max(rows, default=0))))
+        self._whole = _Recent(WHOLE)
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
 
-    def tile(self, grid: _Grid, number: int) -> NDArray[np.uint8] | None:
-        """A tile's pixels (h, w, 3), None where the file has none. Raises what decoders raise."""
+    def tile(self, grid: _Grid, number: int, *, whole: bool) -> NDArray[np.uint8] | None:
+        """A tile's pixels (h, w, 3), None where the file has none; `whole` if all of it is used. Raises what decoders raise."""
         size = int(grid.sizes[number])
         if size == 0:
             return None
         key = grid.first + number
-        pixels = self._tiles.get(key)
+        pixels = self._cut.get(key)
+        if pixels is None:
+            pixels = self._whole.get(key)
         if pixels is None:
             with timed("read"):
                 data = os.pread(self._file, size, int(grid.offsets[number]))
@@ -197,7 +201,7 @@ class _Tiff:
             with timed("decode"):
                 decoded, _, shape = grid.decode(data, number, jpegtables=grid.tables)
             pixels = decoded[0] if decoded.shape == shape else _padded(decoded[0], grid.tile)
-            self._tiles.put(key, pixels)
+            (self._whole if whole else self._cut).put(key, pixels)
         return pixels
 
     def __del__(self) -> None:
