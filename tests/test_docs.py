@@ -32,7 +32,7 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     shutil.copy(ROOT / "sample_slides" / "tissue_mpp0.25.svs", tmp_path / "slide.svs")
     (tmp_path / "nets.py").write_text("from wsiscale.default_network import default_network as factory\n")
     commands = [line.partition("#")[0] for line in README.splitlines() if line.startswith("wsiscale ")]
-    assert len(commands) == 5
+    assert len(commands) == 6
 
     for command in commands:
         argv = [str(Path(sys.executable).parent / "wsiscale"), *shlex.split(command)[1:]]
@@ -43,6 +43,17 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
             argv[argv.index("auto")] = "0.5"
             subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True)
         assert done.stderr.count("Traceback") == 0
+
+
+def test_one_slide_of_a_cohort_as_the_docs_have_it(tmp_path: Path) -> None:
+    (tmp_path / "sample_slides").symlink_to(ROOT / "sample_slides")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cohorts.md").read_text(), re.DOTALL)
+
+    done = subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] in ("ok", "abstained")
+    assert (tmp_path / "out" / "slides" / "a.json").exists()
 
 
 def test_every_link_in_the_docs_leads_somewhere() -> None:

@@ -789,7 +789,10 @@ def _running(total: int) -> Iterator[Callable[[str, Any, Any], None]]:
             bars.advance(all_of_them)
             if record["status"] not in ("ok", "no_tissue"):
                 console.print(
-                    f"{spec.id}: {record['status']} {record.get('code') or ''} {record.get('message') or ''}", highlight=False
+                    f"{spec.id}: {record['status']} {record.get('code') or ''} {record.get('message') or ''}",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
                 )
 
         yield told

@@ -227,7 +227,16 @@ def _file_digest(name: str | None) -> str | None:
     if name is None:
         return None
     path = next((p for p in (Path(name), Path(name.rpartition(":")[0])) if p.is_file()), None)
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    if path is None:
+        return None
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  which tell whether it is still the same file
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Working

@@ -42,7 +42,7 @@ class CohortSummary:
     def sentence(self) -> str:
         parts = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
         before = f", {self.resumed} of them done before" if self.resumed else ""
-        return f"{self.out}: {self.slides} slides{before}: {parts}; {self.seconds:.0f} s"
+        return f"{self.out}: {self.slides} slide{'' if self.slides == 1 else 's'}{before}: {parts}; {self.seconds:.0f} s"
 
 
 def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
