@@ -62,10 +62,10 @@ def test_tables_of_several_dialects(text: str, expected: list[tuple[str, float |
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("name\na.svs\n", "one of path, wsi, image_path"),
-        ("path,mpp\na.svs,-1\n", "line 2: '-1' is not a µm/px"),
+        ("name\na.svs\n", "line 1: the columns are name; name them path, wsi or image_path"),
+        ("path,mpp\na.svs,-1\n", "line 2, column mpp: '-1' is not a µm/px"),
         ("path,mpp\na.svs,half\n", "line 2"),
-        ("path,id\n,x\n", "line 2: no path"),
+        ("path,id\n,x\n", "line 2, column path: empty"),
         ("path\n", "no lines"),
         ("path\nx/a.svs\ny/A.svs\n", "would both be written as"),
         ("path,id\na.svs,1\nb.svs,1\n", "would both be written as 1"),

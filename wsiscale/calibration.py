@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import re
 from collections.abc import Iterator
 
 from wsiscale.errors import OptionError
+from wsiscale.tables import read_table
 from wsiscale.types import Calibration, ScaleTags
 
 # No scanner and no overview image lies outside of these, in µm/px: 0.02 is finer than light resolves, 20 is a flatbed scan.
@@ -25,9 +25,6 @@ MAX_ANISOTROPY = 0.05
 # Two statements of one µm/px that differ by more than this contradict each other.
 _DISAGREEMENT = 0.05
 _SLACK = 1e-9
-
-# The columns of a table of overrides that name the slide and its µm/px, in the dialects that are about.
-_TABLES = (("wsi", "mpp"), ("path", "mpp"), ("image_path", "spacing_at_level_0"))
 
 
 def calibrate(tags: ScaleTags, *, override: float | None = None) -> Calibration:
@@ -67,18 +64,13 @@ def read_mpp_table(path: str | os.PathLike[str]) -> dict[str, float]:
     Other columns are passed over. A slide is found by its name as the table gives it and by the name without folders,
     unless slides in two folders share that name and differ. Raises OptionError that names the line and the column.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(_rows(csv.reader(file, strict=True), os.fspath(path)))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise OptionError(
-            f"{os.fspath(path)} cannot be read as a CSV table: {error}; give a file with the columns wsi,mpp"
-        ) from error
     table: dict[str, float] = {}
-    for line, name, mpp in rows:
-        if table.setdefault(name, mpp) != mpp:
+    for row in read_table(path, needs_mpp=True):
+        assert row.mpp is not None
+        known = table.setdefault(row.path, row.mpp)
+        if known != row.mpp:
             raise OptionError(
-                f"{os.fspath(path)}, line {line}: {name} was {table[name]:g} µm/px above and is {mpp:g} here; keep one"
+                f"{os.fspath(path)}, line {row.line}: {row.path} was {known:g} µm/px above and is {row.mpp:g} here; keep one"
             )
     by_name: dict[str, set[float]] = {}
     for name, mpp in table.items():
@@ -152,25 +144,3 @@ def _agree(ours: float, theirs: float) -> bool:
 
 def _within(value: float, bounds: tuple[float, float]) -> bool:
     return bounds[0] * (1 - _SLACK) <= value <= bounds[1] * (1 + _SLACK)
-
-
-def _rows(reader: Iterator[list[str]], path: str) -> Iterator[tuple[int, str, float]]:
-    """(line, slide, µm/px) of a table's rows."""
-    header = [cell.strip().lower() for cell in next(reader, [])]
-    columns = next(((name, mpp) for name, mpp in _TABLES if name in header and mpp in header), None)
-    if columns is None:
-        known = " or ".join(",".join(pair) for pair in _TABLES)
-        raise OptionError(f"{path}, line 1: the columns are {','.join(header) or 'none'}; name them {known}")
-    for line, row in enumerate(reader, start=2):
-        if not any(cell.strip() for cell in row):
-            continue
-        name, text = (row[header.index(column)].strip() if header.index(column) < len(row) else "" for column in columns)
-        if not name:
-            raise OptionError(f"{path}, line {line}, column {columns[0]}: empty; name the slide's file")
-        try:
-            mpp = float(text)
-        except ValueError:
-            mpp = math.nan
-        if not (math.isfinite(mpp) and mpp > 0):
-            raise OptionError(f"{path}, line {line}, column {columns[1]}: {text!r} is not a µm/px; give a number above 0")
-        yield line, name, mpp

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,14 +12,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from wsiscale.errors import OptionError
+from wsiscale.tables import read_table
 
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif")  # of slide files
 LONGEST = 200  # bytes of an id: file systems end at 255, and names grow by what is written beside the store
-
-# The dialects of other tools: what the columns are called.
-_PATHS = ("path", "wsi", "image_path")
-_IDS = ("id", "sample_id")
-_MPPS = ("mpp", "spacing_at_level_0")
 
 
 @dataclass(frozen=True)
@@ -101,37 +95,13 @@ def safe_id(name: str) -> str:
 
 
 def _rows_of(table: Path) -> Iterator[SlideSpec]:
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as opened:
-            rows = list(csv.DictReader(opened, strict=True))
-            fields = [(field or "").strip().lower() for field in (rows[0] if rows else ())]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise OptionError(f"{table} cannot be read as a CSV table: {error}; give a file with the column path") from error
-    if rows and not any(name in fields for name in _PATHS):
-        raise OptionError(f"{table} has the columns {', '.join(fields)}; one of {', '.join(_PATHS)} has to be among them")
-    for line, row in enumerate(rows, start=2):
-        values = {(key or "").strip().lower(): (value or "").strip() for key, value in row.items() if isinstance(value, str)}
-        path, name, mpp = (next((values[key] for key in keys if values.get(key)), "") for keys in (_PATHS, _IDS, _MPPS))
-        if not path:
-            raise OptionError(f"{table}, line {line}: no path")
-        file = Path(os.path.abspath(table.parent / path))
+    for row in read_table(table):
+        file = Path(os.path.abspath(table.parent / row.path))
         try:
-            spec = _spec(file, file.parent, _number(mpp))
-            yield SlideSpec(safe_id(name), spec.path, spec.mpp) if name else spec
-        except (ValueError, OptionError) as error:
-            raise OptionError(f"{table}, line {line}: {error}") from error
-
-
-def _number(mpp: str) -> float | None:
-    if mpp.lower() in ("", "nan", "none", "na"):
-        return None
-    try:
-        value = float(mpp)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{mpp!r} is not a µm/px above 0")
-    return value
+            spec = _spec(file, file.parent, row.mpp)
+            yield SlideSpec(safe_id(row.id), spec.path, spec.mpp) if row.id else spec
+        except OptionError as error:
+            raise OptionError(f"{table}, line {row.line}: {error}") from error
 
 
 def _check_ids(specs: Sequence[SlideSpec]) -> None:
