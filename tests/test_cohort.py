@@ -192,7 +192,7 @@ def test_a_slide_that_kills_its_worker_costs_only_itself(slides: Path, tmp_path:
         image[:96, :96] = colour
         write_svs(tmp_path / f"{name}.svs", image, mpp=0.5, power=20, levels=(1,), quality=95)
         specs.append(SlideSpec(name, str(tmp_path / f"{name}.svs")))
-    options = RunOptions(**{**vars(QUICK), "detector": f"{poison}:detect", "time_limit": 25.0})
+    options = RunOptions(**{**vars(QUICK), "detector": f"{poison}:detect", "time_limit": 45.0})
 
     summary = run_cohort(specs, tmp_path / "out", options, workers=2)
 

@@ -134,3 +134,16 @@ def test_a_thumbnail_is_the_whole_slide_and_reads_a_coarse_level() -> None:
     assert slide.windows == [(2, 160, 240)]
     np.testing.assert_allclose(pixels[:12, 5, 1], 20 * np.arange(12) + 9.5, atol=1.1)  # green is y
     np.testing.assert_allclose(pixels[3, :12, 0], 20 * np.arange(12) + 9.5, atol=1.1)  # red is x
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 2.7])
+def test_a_view_can_be_read_into_an_array_that_is_there(scale: float) -> None:
+    slide = ArrayReader(where_am_i(300, 300))
+    view = View(y=4, x=6, height=40, width=50, scale=scale)
+    batch = np.zeros((3, 40, 50, 3), np.uint8)
+
+    result = read_view(slide, view, out=batch[1])
+
+    assert np.shares_memory(result, batch)
+    np.testing.assert_array_equal(batch[1], read_view(slide, view))
+    assert not batch[[0, 2]].any()

@@ -39,16 +39,19 @@ _CHUNK = 400_000
 
 
 @timed("resample")
-def resample(plan: ReadPlan, window: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The planned view from its window: (out_height, out_width, 3)."""
-    if plan.native:
+def resample(plan: ReadPlan, window: NDArray[np.uint8], *, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """The planned view from its window: (out_height, out_width, 3); contiguous `out`, filled, if it is given."""
+    if plan.native and out is None:
         return window
+    view = np.empty((plan.out_height, plan.out_width, 3), np.uint8) if out is None else out
     whole = round(plan.factor)
-    if plan.factor == whole and window.shape[:2] == (whole * plan.out_height, whole * plan.out_width):
+    if plan.native:
+        view[:] = window
+    elif plan.factor == whole and window.shape[:2] == (whole * plan.out_height, whole * plan.out_width):
         # Halves are rounded up at a factor of 2, an eighth of a grey level on average.
-        return np.asarray(cv2.resize(window, (plan.out_width, plan.out_height), interpolation=cv2.INTER_AREA), np.uint8)
-    view = np.empty((plan.out_height, plan.out_width, 3), np.uint8)
-    _resize(view, window, plan.factor, offset=(plan.offset_y, plan.offset_x), box=plan.factor)
+        cv2.resize(window, (plan.out_width, plan.out_height), dst=view, interpolation=cv2.INTER_AREA)
+    else:
+        _resize(view, window, plan.factor, offset=(plan.offset_y, plan.offset_x), box=plan.factor)
     return view
 
 

@@ -23,13 +23,18 @@ MAX_WINDOW = 8_000_000
 _RUN = 8
 
 
-def read_view(slide: Reader, view: View, *, level: int | None = None) -> NDArray[np.uint8]:
-    """The pixels of `view`, white outside the slide: (height, width, 3). From `level`, or the best one."""
+def read_view(
+    slide: Reader, view: View, *, level: int | None = None, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The pixels of `view`, white outside the slide: (height, width, 3), in contiguous `out` if it is given.
+
+    From `level`, or the best one.
+    """
     plan = plan_read(slide.pyramid, view, level=level)
     if plan.height * plan.width <= MAX_WINDOW or view.height * view.width == 1:
         window = slide.read(level=plan.level, y=plan.y, x=plan.x, height=plan.height, width=plan.width)
-        return resample(plan, window)
-    pixels = np.empty((view.height, view.width, 3), np.uint8)
+        return resample(plan, window, out=out)
+    pixels = np.empty((view.height, view.width, 3), np.uint8) if out is None else out
     size = max(1, math.floor(math.sqrt(MAX_WINDOW) / max(plan.factor, 1)) - 2)
     for y, x, height, width in blocks(view.height, view.width, min(size, max(view.height, view.width) - 1)):
         part = View(y=view.y + y * view.scale, x=view.x + x * view.scale, height=height, width=width, scale=view.scale)
@@ -48,7 +53,7 @@ def read_tiles(slide: Reader, grid: TileGrid, *, batch: int = 16, threads: int |
 
     def read(into: NDArray[np.uint8], start: int) -> None:
         for tile, (y, x) in zip(into, grid.origins[start : start + len(into)].tolist(), strict=True):
-            tile[:] = read_view(slide, View(y=y, x=x, height=grid.size, width=grid.size, scale=grid.scale))
+            read_view(slide, View(y=y, x=x, height=grid.size, width=grid.size, scale=grid.scale), out=tile)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool:
 

@@ -119,7 +119,9 @@ def alone(spec: SlideSpec, options: RunOptions, out: Path) -> dict[str, Any]:
 
 def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunOptions, told: Told) -> list[SlideSpec]:
     """Every slide once; returns those that killed their worker."""
-    gpus, others = _slots(client)
+    gpus, free_of_gpus, slots = _slots(client)
+    # A preference: a worker that was started again has another address.
+    elsewhere = {"workers": free_of_gpus, "allow_other_workers": True} if gpus and free_of_gpus else {}
     to_estimate = deque(specs)
     to_write: deque[tuple[SlideSpec, dict[str, Any]]] = deque()
     running: dict[Future, tuple[SlideSpec, bool]] = {}  # on a GPU
@@ -139,15 +141,15 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
             told("started", spec, None)
             submit(spec, True, estimate_slide, resources={"GPU": 1})
             busy += 1
-        free = len(others) - (len(running) - busy)
+        free = slots - (len(running) - busy)
         while free > 0 and (to_write or (to_estimate and not gpus)):
             if to_write:
                 spec, record = to_write.popleft()
-                submit(spec, False, write_slide, record, workers=others)
+                submit(spec, False, write_slide, record, **elsewhere)
             else:
                 spec = to_estimate.popleft()
                 told("started", spec, None)
-                submit(spec, False, process_slide, workers=others)
+                submit(spec, False, process_slide)
             free -= 1
 
     fill()
@@ -202,14 +204,14 @@ def _by_median(specs: Sequence[SlideSpec], options: RunOptions, out: Path) -> No
             write_slide(by_id[record["id"]], options, out, {**record, **chosen, "resumed": False})
 
 
-def _slots(client: Client) -> tuple[int, list[str]]:
-    """How many tasks may run on workers with a GPU, and the workers for all else: the same ones where there are no others."""
+def _slots(client: Client) -> tuple[int, list[str], int]:
+    """How many tasks may run on GPUs, the workers without one, and how many tasks all others take (all, without any)."""
     known = client.scheduler_info(n_workers=-1)["workers"]
     if not known:
         raise OptionError("the cluster has no workers; start some, then run this again")
     gpus = int(sum(worker["resources"].get("GPU", 0) for worker in known.values()))
     plain = [address for address, worker in known.items() if not worker["resources"].get("GPU")]
-    return gpus, plain or list(known)
+    return gpus, plain, len(plain or known)
 
 
 @contextmanager
