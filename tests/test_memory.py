@@ -17,7 +17,7 @@ import numpy as np
 def fill():
     for _ in range(50):
         a = np.full(3_000_000, 1, np.uint8)
-        b = np.full(20_000_000, 1, np.uint8)
+        b = np.full(7_000_000, 1, np.uint8)
         del a, b
 fill()
 start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

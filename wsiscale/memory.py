@@ -12,7 +12,8 @@ def keep_memory() -> None:
     """For programs, before they start threads: one heap, of which up to 256 MB stay with the process when they are free.
 
     Else glibc gives arrays of a megabyte back as soon as they are free, has each page of the next one handed out anew, and
-    keeps a heap for each thread: writing a slide takes a tenth more time and a third more memory. Nothing on other systems.
+    keeps a heap for each thread: writing a slide takes a tenth more time and a third more memory. Arrays above 8 MB, which
+    would leave holes, are given back all the same. Nothing on other systems.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
