@@ -6,11 +6,7 @@ import csv
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,72 +167,6 @@ def test_slides_without_an_answer_follow_the_policy(slides: Path, cluster: Clien
             RunOptions(on_abstain=wrong)
 
 
-POISON = textwrap.dedent("""
-    import ctypes, os, signal, time
-    from wsiscale.tissue import stained
-    def detect(image):
-        colour = tuple(int(v) for v in image[0, 0])
-        if colour[0] < 60:
-            {"r": lambda: os.kill(os.getpid(), signal.SIGSEGV), "g": os.abort, "b": lambda: time.sleep(1000)}[
-                "rgb"[max(range(3), key=lambda i: colour[i])]]()
-        return stained(image)
-""")
-
-
-def test_a_slide_that_kills_its_worker_costs_only_itself(slides: Path, tmp_path: Path) -> None:
-    poison = tmp_path / "poison.py"
-    poison.write_text(POISON)
-    specs = [spec for spec in read_cohort(slides) if spec.id.startswith("good")]
-    for name, colour in (("segfault", (50, 0, 0)), ("abort", (0, 50, 0)), ("hang", (0, 0, 50))):
-        image, _ = tissue(512, 512, mpp=0.5, seed=9)
-        image[:96, :96] = colour
-        write_svs(tmp_path / f"{name}.svs", image, mpp=0.5, power=20, levels=(1,), quality=95)
-        specs.append(SlideSpec(name, str(tmp_path / f"{name}.svs")))
-    options = RunOptions(**{**vars(QUICK), "detector": f"{poison}:detect", "time_limit": 45.0})
-
-    summary = run_cohort(specs, tmp_path / "out", options, workers=2)
-
-    rows = manifest(tmp_path / "out")
-    assert {name: (rows[name]["status"], rows[name]["code"]) for name in ("segfault", "abort", "hang")} == {
-        "segfault": ("killed", "SIGSEGV"),
-        "abort": ("killed", "SIGABRT"),
-        "hang": ("failed", "TIMEOUT"),
-    }
-    assert {row["status"] for name, row in rows.items() if name.startswith("good")} <= {"ok", "abstained"}
-    assert summary.failed == 3
-
-
-def test_a_driver_that_is_killed_goes_on_where_it_was(slides: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from wsiscale.cli import run; run()",
-        "run",
-        str(slides),
-        "-o",
-        str(tmp_path),
-        "--places",
-        "8",
-    ]
-    command += ["--precision", "0", "--mpp-range", "0.5:2", "--seed", "1"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("slides/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
-    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("slides/*.json")}
-    assert 1 <= len(done) < 5
-
-    again = subprocess.run(command, capture_output=True, text=True)
-
-    assert again.returncode == 1, again.stderr  # the junk
-    assert f"{len(done)} of them done before" in again.stdout
-    assert {name: record_path(tmp_path, Path(name).stem).stat().st_mtime_ns for name in done} == done
-    assert all(verify_store(path).ok for path in (tmp_path / "stores").iterdir())
-    assert set(manifest(tmp_path)) == {"good 0", "good 1", "good 2", "glass", "junk"}
-
-
 def test_workers_with_a_gpu_estimate_and_the_others_write(slides: Path, tmp_path: Path) -> None:
     specs = [spec for spec in read_cohort(slides) if spec.id.startswith("good")]
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
@@ -252,7 +182,7 @@ def test_workers_with_a_gpu_estimate_and_the_others_write(slides: Path, tmp_path
     assert sum(summary.counts.values()) == 3
     assert summary.failed == 0
     assert summary.counts["ok"] >= 1
-    assert sorted(tasks.values()) == [(False, summary.counts["ok"]), (True, 3)]
+    assert sorted(tasks.values()) == [(False, summary.counts["ok"]), (True, 1 + 3)]  # one looks at the network's profile
 
 
 def test_a_cluster_without_workers_is_refused(slides: Path, tmp_path: Path) -> None:

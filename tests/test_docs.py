@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -54,6 +55,49 @@ def test_one_slide_of_a_cohort_as_the_docs_have_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] in ("ok", "abstained")
     assert (tmp_path / "out" / "slides" / "a.json").exists()
+
+
+def cohort_block(language: str) -> str:
+    (block,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "cohorts.md").read_text(), re.DOTALL)
+    return str(block)
+
+
+@pytest.fixture
+def two_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with slides/ and cohort.csv, and the command on the path."""
+    (tmp_path / "slides").mkdir()
+    for name in ("no_mpp", "tissue_mpp0.25"):
+        shutil.copy(ROOT / "sample_slides" / f"{name}.svs", tmp_path / "slides")
+    (tmp_path / "cohort.csv").write_text("path\nslides/no_mpp.svs\nslides/tissue_mpp0.25.svs\n")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_job_array_of_the_docs_runs(two_slides: Path) -> None:
+    (two_slides / "job.sh").write_text(cohort_block("bash"))
+
+    for number in range(2):
+        slurm = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "2"}
+        subprocess.run(["bash", "job.sh"], env=os.environ | slurm, check=True, capture_output=True)
+    whole = subprocess.run(["wsiscale", "run", "cohort.csv", "-o", "out"], check=True, capture_output=True, text=True)
+
+    assert "2 slides, 2 of them done before" in whole.stdout
+
+
+@pytest.mark.slow
+def test_the_snakefile_of_the_docs_runs(two_slides: Path) -> None:
+    if shutil.which("snakemake") is None:
+        pytest.skip("snakemake is not installed; pip install snakemake to run this")
+    (two_slides / "Snakefile").write_text(cohort_block("snakemake"))
+    (two_slides / "slides" / "junk.svs").write_bytes(b"not a slide" * 100)
+
+    done = subprocess.run(["snakemake", "--cores", "1"], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    rows = {row["id"]: row["status"] for row in map(json.loads, (two_slides / "out/manifest.jsonl").read_text().splitlines())}
+    assert rows == {"junk": "bad_input", "no_mpp": "ok", "tissue_mpp0.25": "ok"}
 
 
 def test_every_link_in_the_docs_leads_somewhere() -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import logging
+import operator
+import os
 import pickle
+import subprocess
+import tarfile
 import threading
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -375,45 +384,128 @@ def test_a_pickled_module_runs_if_trusted(tmp_path: Path) -> None:
 
 
 class Trap:
-    """A pickle that makes a file when it is read."""
+    """A pickle that makes a file when it is read, with a function that runs a text."""
 
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
+    def __init__(self, canary: Path, run: Callable[[str], Any] = exec) -> None:
+        self.run = run
+        self.text = f"open({str(canary)!r}, 'w').close()" if run in (exec, eval) else f"touch '{canary}'"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (f"open({str(self.canary)!r}, 'w').close()",)
+        return self.run, (self.text,)
 
 
-def _plain(path: Path, trap: Trap) -> None:
-    path.write_bytes(pickle.dumps(trap))
+class Imports:
+    """A pickle that is a module when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return __import__, ("os",)
 
 
-def _zipped(path: Path, trap: Trap) -> None:
-    torch.save(trap, path)
+class Calls(Trap):
+    """A pickle that names no function to run: it calls a method of what it has imported."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.methodcaller("system", self.text), (Imports(),)
 
 
-def _within_a_state_dict(path: Path, trap: Trap) -> None:
-    torch.save({"state_dict": nets.small_classifier().state_dict() | {"extra": trap}}, path)
+def _plain(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps(Trap(canary)))
 
 
-def _old_format(path: Path, trap: Trap) -> None:
-    torch.save({"weight": torch.zeros(2), "trap": trap}, path, _use_new_zipfile_serialization=False)
+def _by_os_system(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps(Trap(canary, os.system), protocol=0))
 
 
-def _in_a_module(path: Path, trap: Trap) -> None:
+def _by_a_method(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps({"weight": Calls(canary, os.system)}, protocol=5))
+
+
+def _zipped(path: Path, canary: Path) -> None:
+    torch.save(Trap(canary), path)
+
+
+def _within_a_state_dict(path: Path, canary: Path) -> None:
+    torch.save({"state_dict": nets.small_classifier().state_dict() | {"extra": Trap(canary)}}, path)
+
+
+def _as_a_key_of_what_is_allowed(path: Path, canary: Path) -> None:
+    torch.save(OrderedDict([(("weight", Trap(canary, subprocess.getoutput)), torch.zeros(2))]), path)
+
+
+def _old_format(path: Path, canary: Path) -> None:
+    torch.save({"weight": torch.zeros(2), "trap": Trap(canary, eval)}, path, _use_new_zipfile_serialization=False)
+
+
+def _oldest_format(path: Path, canary: Path) -> None:
+    # Before torch 0.1.10 a file was a tar; reading it went past weights_only=True once: CVE-2025-32434.
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps(Trap(canary))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def _in_a_module(path: Path, canary: Path) -> None:
     module = nets.small_classifier()
-    module.trap = trap
+    module.trap = Trap(canary)
     torch.save(module, path)
 
 
-@pytest.mark.parametrize("set_up", [_plain, _zipped, _within_a_state_dict, _old_format, _in_a_module])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-def test_a_malicious_file_is_refused_and_does_not_run(
-    tmp_path: Path, set_up: Callable[[Path, Trap], None], suffix: str
-) -> None:
+def _as_torchscript(path: Path, canary: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "constants.pkl"):
+            archive.writestr(f"model/{name}", pickle.dumps(Trap(canary), protocol=2))
+        archive.writestr("model/code/__torch__.py", "")
+        archive.writestr("model/version", "3\n")
+
+
+def _in_an_array(path: Path, canary: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, weight=np.array([Trap(canary)], dtype=object))
+
+
+def _compressed(path: Path, canary: Path) -> None:
+    path.write_bytes(gzip.compress(pickle.dumps(Trap(canary, os.system))))
+
+
+MALICIOUS = [
+    _plain,
+    _by_os_system,
+    _by_a_method,
+    _zipped,
+    _within_a_state_dict,
+    _as_a_key_of_what_is_allowed,
+    _old_format,
+    _oldest_format,
+    _in_a_module,
+    _as_torchscript,
+    _in_an_array,
+    _compressed,
+]
+
+
+def read_carelessly(path: Path) -> None:
+    """As software does that trusts every file, whichever kind it takes this one for."""
+    content = path.read_bytes()
+    with path.open("rb") as file:  # by its name, torch would go by the suffix
+        for read in (
+            lambda: torch.load(file, weights_only=False),
+            lambda: pickle.loads(content),
+            lambda: pickle.loads(gzip.decompress(content)),
+            lambda: np.load(path, allow_pickle=True)["weight"],
+            lambda: pickle.loads(zipfile.ZipFile(path).read("model/data.pkl")),
+        ):
+            with suppress(Exception):
+                read()
+
+
+@pytest.mark.parametrize("make", MALICIOUS)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".joblib"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_malicious_file_is_refused_and_does_not_run(tmp_path: Path, make: Callable[[Path, Path], None], suffix: str) -> None:
     canary, file = tmp_path / "canary", tmp_path / f"weights{suffix}"
-    set_up(file, Trap(canary))
+    make(file, canary)
 
     with pytest.raises(ModelError):
         load_network(f"{NETS}:small_classifier", weights=file)
@@ -421,11 +513,13 @@ def test_a_malicious_file_is_refused_and_does_not_run(
         load_network(file)
 
     assert not canary.exists()
+    read_carelessly(file)
+    assert canary.exists()  # or else there was nothing to refuse
 
 
 def test_the_trap_does_spring_where_it_is_trusted(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    _zipped(tmp_path / "weights.pt", Trap(canary))
+    _zipped(tmp_path / "weights.pt", canary)
 
     with pytest.raises(ModelError, match="no network"):
         load_network(tmp_path / "weights.pt", trust_model=True)

@@ -7,12 +7,12 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -595,75 +595,174 @@ def test_what_appears_under_the_name_meanwhile_is_not_replaced(slide: ArrayReade
     assert names(tmp_path / "s") == ["thesis.txt"]
 
 
-# Not white, so that every shard has a file; `sleep` seconds a read, so that there is a middle to be killed in.
-CHILD = """
-import os, sys, time
+# Starting python and importing takes several times as long as writing a small store, and so one process imports, and forks the
+# writers. A line that it reads is a list of writers, who work at the same time; it answers with what became of each of them.
+# The slide is not white anywhere, so that every shard has a file, and long and thin, so that there are many.
+WRITERS = """
+import glob, json, os, resource, select, signal, sys, time, traceback
 import numpy as np
 from wsiscale.errors import StoreError
 from wsiscale.readers.array import ArrayReader
 from wsiscale.store import write_store
 from wsiscale.types import Tissue
 
-class Slow(ArrayReader):
+class Slide(ArrayReader):
+    # `fill`: (a file, bytes); while the slide is read somebody else writes that file, until so many bytes are left on the disk
+    fill = None
+
     def read(self, **window):
-        time.sleep(float(os.environ.get("SLEEP", "0")))
+        if self.fill is not None and not os.path.exists(self.fill[0]):
+            with open(self.fill[0], "wb") as file:
+                disk = os.fstatvfs(file.fileno())
+                os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - self.fill[1])
         return super().read(**window)
 
-if "LIMIT" in os.environ:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]),) * 2)
-rng = np.random.default_rng(0)
-slide = Slow(rng.integers(0, 200, (2100, 4200, 3), np.uint8), mpp=0.5)
-tissue = Tissue(np.ones((21, 42), bool), 100, (2100, 4200), 0.5)
+slide = Slide(np.random.default_rng(0).integers(0, 200, (128, 4200, 3), np.uint8), mpp=0.5)
+tissue = Tissue(np.ones((2, 42), bool), 100, (128, 4200), 0.5)
+
+def write(job, tell):
+    time.sleep(job.get("after", 0))
+    slide.fill = job.get("fill")
+    if "limit" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"],) * 2)
+    options = {"ngff": job["ngff"], "overwrite": job.get("overwrite", False), "threads": 2}
+    try:
+        write_store(job["path"], slide, mpp=0.5, tissue=tissue, progress=lambda *_: os.write(tell, b"."), **options)
+    except StoreError as error:
+        return f"{error.code}: {error}"
+    except BaseException:
+        return traceback.format_exc()
+    return "written"
+
 print("ready", flush=True)
-try:
-    write_store(sys.argv[1], slide, mpp=0.5, tissue=tissue, threads=1, progress=lambda *step: print(*step, flush=True))
-except StoreError as error:
-    sys.exit(f"{error.code}: {error}")
+for line in sys.stdin:
+    jobs, running = json.loads(line), []
+    for job in jobs:
+        hear, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(120)
+            os.write(tell, write(job, tell).encode())
+            os._exit(0)
+        os.close(tell)
+        running.append((job, pid, hear))
+    outcomes = []
+    for job, pid, hear in running:
+        said = b""
+        if "kill" in job:
+            steps, manifest, delay = job["kill"]
+            while len(said) < steps and (more := os.read(hear, 1)):
+                said += more
+            # With all steps done it says no more until the end; between manifest and end there is less than a millisecond.
+            seen = os.path.join(os.path.dirname(job["path"]), f".*.{pid}-*", "manifest.json")
+            while manifest and not glob.glob(seen) and not select.select([hear], [], [], 0)[0]:
+                pass
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        said += b"".join(iter(lambda: os.read(hear, 4096), b""))
+        os.close(hear)
+        outcomes.append(said.decode().lstrip(".") or "killed")
+    print(json.dumps(outcomes), flush=True)
 """
 
-
-def child(path: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(path)],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+Write = Callable[..., list[str]]
 
 
-def test_killed_in_the_middle_there_is_no_store_and_the_next_run_cleans_up(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def write_in_processes() -> Iterator[Write]:
+    """Calls with writers, who work at the same time each in its process; answers "written", "killed" or the error of each."""
+    with subprocess.Popen([sys.executable, "-c", WRITERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        assert stdout.readline() == "ready\n"
+
+        def write(*jobs: dict[str, Any]) -> list[str]:
+            print(json.dumps(jobs, default=str), file=stdin, flush=True)
+            return json.loads(stdout.readline())
+
+        yield write
+
+
+def sizes(path: Path) -> list[int]:
+    return [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+
+
+def phase(path: Path, published: int | None, left: set[Path]) -> str:
+    """How far the writer of `path` came; when it began `published` was the inode there, and `left` what was left beside it."""
+    if path.exists() and path.stat().st_ino != published:
+        return "published"
+    partials = set(path.parent.glob(".*.partial")) - left
+    if not partials:
+        return "nothing yet"
+    return "all but published" if (partials.pop() / store.MANIFEST).exists() else "growing"
+
+
+# Half of them where there is a store already: 2 x 100 = 200.
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_moment_there_is_a_whole_store_or_none_and_the_next_run_cleans_up(
+    write_in_processes: Write, tmp_path: Path, overwrite: bool, count: int
+) -> None:
     path = tmp_path / "s.ome.zarr"
-    for steps in (1, 5, 9):
-        process = child(path, SLEEP="0.02")
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(f"{steps} "):
-                break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    chance = random.Random(count)
+    started = time.monotonic()
+    assert write_in_processes({"path": path, "ngff": "0.5"}) == ["written"]
+    duration = time.monotonic() - started
+    phases: Counter[str] = Counter()
 
-        assert not path.exists()
-        assert any(name.endswith(".partial") for name in names(tmp_path))
+    for number in range(count):
+        if not overwrite and path.exists():
+            shutil.rmtree(path)
+        published, left = path.stat().st_ino if path.exists() else None, set(tmp_path.glob(".*.partial"))
+        ngff = chance.choice(NGFF)
+        shards = 8 if ngff == "0.5" else 12
+        # So many steps done, and a manifest there or not; then up to so many seconds more.
+        at_the_start, in_between = (0, False, duration / 4), (chance.randint(1, shards), False, duration / 8)
+        at_the_end, at_the_rename = (shards, False, duration / 4), (shards, True, 0.002)
+        steps, manifest, longest = chance.choice([at_the_start, in_between, at_the_end, at_the_rename])
+        kill = (steps, manifest, chance.uniform(0, longest))
 
-    _, error = (finished := child(path)).communicate()
+        (outcome,) = write_in_processes({"path": path, "ngff": ngff, "overwrite": overwrite, "kill": kill})
 
-    assert finished.returncode == 0, error
+        said = f"seed {count}, kill {number}, {kill} into NGFF {ngff}: {outcome}"
+        assert outcome in ("killed", "written"), said
+        assert path.exists() or not (overwrite or outcome == "written"), said
+        assert not path.exists() or verify_store(path).ok, said
+        assert len(list(tmp_path.glob(".*.partial"))) <= 1, said  # this run's, or else the one before it left it
+        phases[phase(path, published, left)] += 1
+
+    assert count < 100 or len(phases) > 2, f"seed {count}: {phases}"
+    assert write_in_processes({"path": path, "ngff": "0.5", "overwrite": True}) == ["written"]
     assert names(tmp_path) == ["s.ome.zarr"]
     assert verify_store(path).ok
 
 
-def test_of_two_processes_one_writes_and_the_other_is_told(tmp_path: Path) -> None:
-    for race in range(2):
-        path = tmp_path / f"{race}.ome.zarr"
-        processes = [child(path, SLEEP="0.01") for _ in range(2)]
-        errors = [process.communicate()[1] for process in processes]
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_of_two_processes_one_writes_and_the_other_is_told(write_in_processes: Write, tmp_path: Path, count: int) -> None:
+    chance = random.Random(count)
+    started = time.monotonic()
+    assert write_in_processes({"path": tmp_path / "alone.ome.zarr", "ngff": "0.5"}) == ["written"]
+    duration = time.monotonic() - started
+    told: Counter[str] = Counter()
 
-        assert sorted(process.returncode for process in processes) == [0, 1]
-        assert any(error.startswith(("LOCKED", "EXISTS")) for error in errors)
-        assert verify_store(path).ok
-    assert names(tmp_path) == ["0.ome.zarr", "1.ome.zarr"]
+    for race in range(count):
+        path = tmp_path / f"{race}.ome.zarr"
+        late = chance.choice([0, 0.01, 1.5 * duration]) * chance.random()  # to the start, to the writing, to the end
+
+        outcomes = write_in_processes({"path": path, "ngff": "0.5"}, {"path": path, "ngff": "0.5", "after": late})
+
+        said = f"seed {count}, race {race}, the second {late:.4f} s late: {outcomes}"
+        other, written = sorted(outcome.partition(":")[0] for outcome in outcomes)
+        assert other in ("LOCKED", "EXISTS"), said
+        assert written == "written", said
+        assert verify_store(path).ok, said
+        told[other] += 1
+
+    assert names(tmp_path) == sorted(["alone.ome.zarr", *(f"{race}.ome.zarr" for race in range(count))])
+    assert count < 50 or len(told) == 2, f"seed {count}: {told}"
 
 
 def test_of_many_threads_one_writes_and_the_others_are_told(tmp_path: Path) -> None:
@@ -689,13 +788,67 @@ def test_of_many_threads_one_writes_and_the_others_are_told(tmp_path: Path) -> N
     assert verify_store(tmp_path / "s").ok
 
 
-def test_a_disk_that_fills_up_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
-    process = child(tmp_path / "s", LIMIT="3000000")
-    _, error = process.communicate()
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 MB, in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root, on Linux, makes a disk of its own")
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be made here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
-    assert process.returncode == 1
-    assert error.startswith("NO_SPACE:"), error
-    assert names(tmp_path) == []
+
+@pytest.mark.parametrize("count", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ngff", NGFF)
+def test_a_disk_that_fills_up_is_one_error_and_leaves_nothing(
+    write_in_processes: Write, small_disk: Path, ngff: Ngff, count: int
+) -> None:
+    path, filler = small_disk / "out" / "s", small_disk / "filler"
+    path.parent.mkdir()
+    assert write_in_processes({"path": path, "ngff": ngff}) == ["written"]
+    needed = sum(-(-size // 4096) * 4096 for size in sizes(path))  # whole pages
+    shutil.rmtree(path)
+
+    # The check of what is free, before the first pixel is read, finds 32 MB. A tenth of the store is more than what was written
+    # until then; a tenth on top is for files that are written anew before the old ones are removed.
+    for left in [*np.linspace(0, 0.9 * needed, count, dtype=int).tolist(), int(1.1 * needed)]:
+        (outcome,) = write_in_processes({"path": path, "ngff": ngff, "fill": (filler, left)})
+
+        said = f"{left} of {needed} bytes left: {outcome}"
+        assert filler.exists(), said  # so it came to the pixels
+        if left < needed:
+            assert outcome.startswith("NO_SPACE:"), said
+            assert names(path.parent) == [], said
+        else:
+            assert outcome == "written", said
+            assert verify_store(path).ok, said
+        filler.unlink()
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ngff", NGFF)
+def test_a_file_that_may_not_grow_is_the_same_error_and_leaves_nothing(
+    write_in_processes: Write, tmp_path: Path, ngff: Ngff, count: int
+) -> None:
+    path = tmp_path / "s"
+    assert write_in_processes({"path": path, "ngff": ngff}) == ["written"]
+    largest = max(sizes(path))
+    shutil.rmtree(path)
+
+    # From the first attributes, of some hundred bytes, to the last byte of the largest shard.
+    for limit in np.geomspace(1, largest - 1, count).round().astype(int).tolist():
+        (outcome,) = write_in_processes({"path": path, "ngff": ngff, "limit": limit})
+
+        assert outcome.startswith("NO_SPACE:"), f"{limit} of {largest} bytes a file: {outcome}"
+        assert names(tmp_path) == [], f"{limit} of {largest} bytes a file"
+
+    assert write_in_processes({"path": path, "ngff": ngff, "limit": largest}) == ["written"]
+    assert verify_store(path).ok
 
 
 def test_an_existing_store_stays_until_a_new_one_is_whole(slide: ArrayReader, tmp_path: Path) -> None:
@@ -796,7 +949,9 @@ def lengthen(file: Path, chance: random.Random, folder: Path) -> None:
 def swap(file: Path, chance: random.Random, folder: Path) -> None:
     content = file.read_bytes()
     others = sorted(other for other in folder.rglob("*") if other.is_file() and other.read_bytes() != content)
-    other = chance.choice(others)
+    # A chunk with another of its array, where there is one: both are what a reader expects there.
+    row = [other for other in others if file.name.isdecimal() and other.parent == file.parent]
+    other = chance.choice(row or others)
     theirs = other.read_bytes()
     other.write_bytes(content)
     file.write_bytes(theirs)
@@ -806,27 +961,32 @@ def add(file: Path, chance: random.Random, folder: Path) -> None:
     file.with_name(f"{file.name}-copy").write_bytes(b"x")
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, empty, delete, lengthen, swap, add])
+# Of the five kinds that are promised, flip to swap: 5 x 2 versions of NGFF x 100 = 1,000; and 400 of the two others.
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damage", [flip, truncate, empty, delete, swap, lengthen, add])
 @pytest.mark.parametrize("ngff", NGFF)
-def test_every_injected_fault_is_found(tmp_path: Path, ngff: Ngff, damage: Callable[[Path, random.Random, Path], None]) -> None:
-    slide = ArrayReader(scan(700, 1100), mpp=0.5)
+def test_every_injected_fault_is_found(
+    tmp_path: Path, ngff: Ngff, damage: Callable[[Path, random.Random, Path], None], count: int
+) -> None:
+    slide = ArrayReader(scan(80, 6100), mpp=0.5)  # 4,178 px: several chunks in a row
     path = tmp_path / "s.ome.zarr"
     write_store(path, slide, mpp=0.73, tissue=tissue_at(slide), ngff=ngff, tile_size=128)
     sound = {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-    chance = random.Random(f"{ngff} {damage.__name__}")
+    seed = f"{ngff} {damage.__name__} {count}"
+    chance = random.Random(seed)
     assert verify_store(path).ok
 
-    for _ in range(30):
+    for number in range(count):
         file = chance.choice(list(sound))
         damage(file, chance, path)
 
         report = verify_store(path)
 
         name = file.relative_to(path).as_posix()
-        assert not report.ok, f"{damage.__name__} of {name} passed"
+        assert not report.ok, f"seed {seed!r}, fault {number}: {damage.__name__} of {name} passed"
         blamed = {problem.path for problem in report.problems}
         if store.MANIFEST not in blamed:
-            assert name in blamed or f"{name}-copy" in blamed
+            assert name in blamed or f"{name}-copy" in blamed, f"seed {seed!r}, fault {number}: {blamed} for {name}"
         for other in path.rglob("*-copy"):
             other.unlink()
         for other, content in sound.items():

@@ -128,9 +128,10 @@ def test_a_thumbnail_is_the_whole_slide_and_reads_a_coarse_level() -> None:
     image = where_am_i(HEIGHT, WIDTH)
     slide = Counting([area_mean(image, factor) for factor in (1, 2, 4)])
 
-    pixels = thumbnail(slide, step=20)
+    pixels, unread = thumbnail(slide, step=20)
 
     assert pixels.shape == (32, 48, 3)
+    assert not unread.any()
     assert slide.windows == [(2, 160, 240)]
     np.testing.assert_allclose(pixels[:12, 5, 1], 20 * np.arange(12) + 9.5, atol=1.1)  # green is y
     np.testing.assert_allclose(pixels[3, :12, 0], 20 * np.arange(12) + 9.5, atol=1.1)  # red is x

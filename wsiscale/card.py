@@ -6,6 +6,7 @@ import base64
 import difflib
 import io
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ def update_card(card: str | Path, changes: Mapping[str, Any], *, fields: Mapping
     """Puts `changes` into a card's file, which is whole at any time; its other fields stay, or become `fields`."""
     path = Path(card)
     known = dict(fields) if fields is not None else read_card(path) if path.exists() else {}
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(known | dict(changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
 

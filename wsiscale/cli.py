@@ -119,6 +119,8 @@ ProfileCard = Annotated[
 ]
 TrustTag = Annotated[bool, typer.Option("--trust-tag/--no-trust-tag", help="go by the slide's µm/px, or by its tissue alone")]
 Tolerance = Annotated[float, typer.Option(help="a level this near (0.01: 1 %) is taken as it is, without resampling")]
+MaxFailedTiles = Annotated[float, typer.Option(help="share of the tiles that a damaged slide may lack and still be written")]
+Durable = Annotated[bool, typer.Option("--durable", help="on the disk before it has its name; slower, outlives a power cut")]
 
 
 @app.command()
@@ -316,6 +318,8 @@ def tile(
     seed: Seed = 0,
     profile: ProfileCard = "auto",
     trust_tag: TrustTag = True,
+    max_failed_tiles: MaxFailedTiles = 0.01,
+    durable: Durable = False,
     overwrite: Annotated[bool, typer.Option(help="replace what stands at the output")] = False,
     as_json: Json = False,
 ) -> int:
@@ -381,9 +385,15 @@ def tile(
                 opened,
                 **options,
                 estimate=provenance,
+                max_failed_tiles=max_failed_tiles,
                 overwrite=overwrite,
+                durable=durable,
                 progress=progress,
             )
+    if summary.failed_chunks:
+        print(
+            f"{slide} is damaged: what could not be read is white, and marked as failed in the table of tiles", file=sys.stderr
+        )
     if as_json:
         _print_json(summary.as_record())
     else:
@@ -403,7 +413,9 @@ def run_(
     places: Places = None,
     precision: Precision = 0.1,
     max_upsample: MaxUpsample = 1.0,
-    profile: ProfileCard = "auto",
+    profile: Annotated[
+        str, typer.Option("--profile", help="auto: the network's own, else the cohort's; cohort; none; or a card.json with one")
+    ] = "auto",
     trust_tag: TrustTag = True,
     detector: TissueSpec = None,
     reader: ReaderName = "auto",
@@ -416,6 +428,8 @@ def run_(
     ngff: Annotated[str, typer.Option(help="0.5, or 0.4 for QuPath and TIAToolbox")] = "0.5",
     pixels: Annotated[str, typer.Option(help="tissue, or none: table and estimate alone")] = "tissue",
     tolerance: Tolerance = 0.01,
+    max_failed_tiles: MaxFailedTiles = 0.01,
+    durable: Durable = False,
     workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="address of a dask scheduler, in place of --workers")] = None,
     shard: Annotated[
@@ -457,6 +471,8 @@ def run_(
         ngff=ngff,
         pixels=pixels,
         tolerance=tolerance,
+        max_failed_tiles=max_failed_tiles,
+        durable=durable,
         device=device,
         time_limit=time_limit,
         memory_limit=memory_limit,
@@ -465,16 +481,18 @@ def run_(
     specs = read_cohort(cohort)
     specs = specs if shard is None else shard_of(specs, shard)
     with _running(len(specs)) as told:
-        summary = run_cohort(specs, output, options, client=scheduler, workers=workers, told=told)
+        summary = run_cohort(specs, output, options, client=scheduler, workers=workers, whole=shard is None, told=told)
     if as_json:
         _print_json({"out": str(summary.out), "counts": dict(summary.counts), "seconds": round(summary.seconds, 1)})
     else:
         print(summary.sentence())
-    if summary.counts.get("abstained"):
-        print(
-            f"{summary.counts['abstained']} slides have no answer and were not written; see {output / 'summary.md'}",
-            file=sys.stderr,
-        )
+    for count, what in (
+        (summary.counts.get("abstained"), "have no answer and were not written"),
+        (summary.counts.get("partial"), "are damaged, and their stores lack what could not be read"),
+        (summary.conflicts, "have tissue that contradicts the µm/px of their tag"),
+    ):
+        if count:
+            print(f"{count} slides {what}; see {output / 'summary.md'}", file=sys.stderr)
     return FAILED if summary.failed else DONE
 
 
@@ -775,17 +793,29 @@ def _running(total: int) -> Iterator[Callable[[str, Any, Any], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        all_of_them = bars.add_task("slides", total=total)
+        all_of_them = bars.add_task("slides", total=total, rate="")
         lines: dict[str, Any] = {}
+        done, megapixels = 0, 0.0
 
         def told(event: str, spec: Any, record: Any) -> None:
-            if event == "started":
-                lines[spec.id] = bars.add_task(f"  {spec.id}", total=None)
+            nonlocal done, megapixels
+            if event in ("asked", "started"):
+                note = "  for a profile" if event == "asked" else ""
+                lines[spec.id] = bars.add_task(f"  {spec.id}", total=None, rate=note)
                 return
             if (line := lines.pop(spec.id, None)) is not None:
                 bars.remove_task(line)
+            if record is None:
+                return
+            if not record.get("resumed"):
+                done, megapixels = done + 1, megapixels + (record.get("megapixels") or 0)
+                seconds = bars.tasks[0].elapsed or 1e-9
+                bars.update(all_of_them, rate=f"{done / seconds * 3600:.0f} slides/h  {megapixels / seconds:.1f} MP/s")
             bars.advance(all_of_them)
             if record["status"] not in ("ok", "no_tissue"):
                 console.print(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from wsiscale.criteria import (
     default_criterion,
     find_criterion,
 )
-from wsiscale.errors import ModelError, NoTissueError, OptionError, ScaleError, StoreError
+from wsiscale.errors import ModelError, NoTissueError, OptionError, ScaleError, SlideError, StoreError
 from wsiscale.geometry import level_for, mpp_error, scale_grid
 from wsiscale.judging import FINEST, abstain, judged, named
 from wsiscale.places import default_places, sample_places
@@ -57,6 +57,8 @@ from wsiscale.versions import versions
 if TYPE_CHECKING:
     from wsiscale.networks import Network
 
+T = TypeVar("T")
+
 MPP_RANGE = (0.125, 4.0)  # from finer than any scanner to the gland
 SCALE_RANGE = (1.0, 16.0)  # where the slide's µm/px is unknown: four octaves from level 0
 PER_OCTAVE = 8
@@ -65,6 +67,7 @@ PRECISION = 0.1  # octaves
 # What a slide is asked to be registered to a profile: from level 0 on, whatever its tag says.
 REGISTRATION_SHARE = 3 / 8  # of the places that a network of its tile size is asked about
 REGISTRATION_COARSEST = 16.0  # level-0 px per px
+LEAST_READABLE = 0.5  # of the places, on a damaged slide
 # A slide that does not look like the profile's slides, or cannot be compared with them, is none that the profile knows of.
 UNKNOWN_TO_PROFILE = ("unlike_bank", "flat", "too_few_places", "too_few_scales")
 
@@ -169,7 +172,7 @@ def estimate(
         scale_stack, slide, size=size, max_upsample=max_upsample, level=level_for(slide.pyramid, float(scales[0]))
     )
 
-    def ask(some: NDArray[np.intp], columns: NDArray[np.intp], guarded: bool) -> ScaleResponse:
+    def ask(centers: NDArray[np.float64], some: NDArray[np.intp], columns: NDArray[np.intp], guarded: bool) -> ScaleResponse:
         nonlocal asked
         views = tuple(dict.fromkeys((*rule.views, STRUCTURE_VIEW))) if guarded else rule.views
         count, before = len(some) * len(columns) * (1 + len(views)), asked
@@ -206,14 +209,18 @@ def estimate(
         guard = None if saved.guard is None else referring(saved.guard, loaded.card)
         found = Searched(judge(response, guard).estimate, response, guard)
     else:
-        # Where the criterion itself sees the shuffled tiles, it has them at every place and scale.
-        guarded = STRUCTURE_VIEW not in rule.views
-        if precision is None:
-            found = full_grid(ask, judge, scales, places=len(centers), guarded=guarded)
-        else:
+
+        def searched(centers: NDArray[np.float64]) -> Searched:
+            # Where the criterion itself sees the shuffled tiles, it has them at every place and scale.
+            how: dict[str, Any] = {"places": len(centers), "guarded": STRUCTURE_VIEW not in rule.views}
+            if precision is None:
+                return full_grid(partial(ask, centers), judge, scales, **how)
             # A rule of its own, or a score that looks at neighbouring scales, means the grid that it was given to be even.
             refine = rule.pointwise and rule.decide is None
-            found = adaptive(ask, judge, scales, places=len(centers), precision=precision, guarded=guarded, refine=refine)
+            return adaptive(partial(ask, centers), judge, scales, precision=precision, refine=refine, **how)
+
+        found, centers, damage = _around_damage(searched, partial(stacked, scales=scales), centers)
+        about["notes"] += damage
     if keep is not None:
         from wsiscale.store import write_response
 
@@ -292,10 +299,47 @@ def _registered(
     count = round(REGISTRATION_SHARE * default_places(network.tile_size))
     centers = sample_places(tissue, count, seed=seed, field=network.tile_size * coarsest)
     scales = np.exp2(STEP * np.arange(int(np.log2(coarsest) / STEP + 1e-6) + 1))
-    stack = scale_stack(slide, centers, scales=scales, size=network.tile_size)
-    response = respond(network, stack, layers="stages", progress=progress, **how)
+    stacked = partial(scale_stack, slide, scales=scales, size=network.tile_size)
+
+    def answered(centers: NDArray[np.float64]) -> ScaleResponse:
+        return respond(network, stacked(centers), layers="stages", progress=progress, **how)
+
+    try:
+        response, centers, _ = _around_damage(answered, stacked, centers)
+    except SlideError as error:
+        if error.code != "READ_FAILED":
+            raise
+        return refusal("too_few_places", f"the slide is damaged at most of them: {error}", claimed=claimed), 0
     found = register(profile, replace(response, slide_mpp=None), seed=seed)
     return replace(found, claimed=claimed), len(centers) * len(scales)
+
+
+def _around_damage(
+    work: Callable[[NDArray[np.float64]], T], stacked: Callable[[NDArray[np.float64]], ScaleStack], centers: NDArray[np.float64]
+) -> tuple[T, NDArray[np.float64], tuple[str, ...]]:
+    """`work` at the places that can be read, those places, and a note where they are not all.
+
+    The tiles are looked through only once one of them has failed. Raises that SlideError where fewer than half are whole.
+    """
+    try:
+        return work(centers), centers, ()
+    except SlideError as error:
+        if error.code != "READ_FAILED":
+            raise
+        stack = stacked(centers)
+        whole = np.array([_is_readable(stack, place) for place in range(len(centers))])
+        if whole.mean() < LEAST_READABLE:
+            raise
+    note = f"the slide is damaged at {(~whole).sum()} of {len(whole)} places, which are left out"
+    return work(centers[whole]), centers[whole], (note,)
+
+
+def _is_readable(stack: ScaleStack, place: int) -> bool:
+    try:
+        stack.images[place].compute(scheduler="synchronous")
+    except SlideError:
+        return False
+    return True
 
 
 def _kept_registration(saved: SavedResponse, profile: Profile) -> Registration | None:

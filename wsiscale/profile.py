@@ -103,6 +103,18 @@ class Profile:
         """R"""
         return len(self.means)
 
+    def without(self, slide: int) -> Profile:
+        """What the other slides say: for a slide that is one of them. The optimum and the scale of the curves stay."""
+        bank = _bank_of(self).without(slide)
+        return replace(
+            self,
+            tiles=bank.tiles,
+            tile_slide=bank.tile_slide.astype(np.int32),
+            means=bank.means,
+            errors=np.delete(self.errors, slide, axis=1),
+            likeness=np.delete(self.likeness, slide, axis=1),
+        )
+
 
 @dataclass(frozen=True)
 class Registration:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from wsiscale.profile import Profile, lacks, make_profile, usual_error
 from wsiscale.readers import open_slide
 from wsiscale.responses import SavedResponse
 from wsiscale.stacks import scale_stack
+from wsiscale.store import read_response, write_response
 from wsiscale.tissue import TissueDetector, find_tissue
 from wsiscale.types import Reader, ScaleResponse
 
@@ -107,12 +108,11 @@ def profile_slides(
 
     Raises OptionError where fewer than two slides are left, ModelError where the network cannot take a tile.
     """
-    from wsiscale.networks import load_network, network_digest
+    from wsiscale.networks import load_network
 
     loaded = load_network(network, tile_size=tile_size)
     rule = find_criterion(default_criterion(loaded.card) if criterion is None else criterion)
     check_range(mpp_range, None, max_upsample=max_upsample)
-    digest = network_digest(loaded)
     responses: list[ScaleResponse] = []
     names: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -121,21 +121,20 @@ def profile_slides(
         why: str | None
         try:
             with _opened(slide, reader) as opened:
-                response = _asked(
+                response = ask_slide(
                     opened,
                     loaded,
-                    rule,
-                    digest=digest,
+                    criterion=rule,
                     mpp_range=mpp_range,
-                    places=default_places(loaded.tile_size) if places is None else places,
+                    places=places,
                     max_upsample=max_upsample,
                     detector=detector,
                     device=device,
                     batch_size=batch_size,
                     seed=seed,
-                    keep=None if keep is None else Path(keep),
+                    keep=keep,
                     progress=progress,
-                )
+                ).response
             why = lacks(response)
         except (SlideError, MppError, NoTissueError, ScaleError) as error:
             why = str(error)
@@ -146,12 +145,28 @@ def profile_slides(
             left_out.append((name, why))
         if told is not None:
             told(name, why)
+    return join_references(responses, names, loaded, criterion=rule, seed=seed, left_out=left_out)
+
+
+def join_references(
+    responses: Sequence[ScaleResponse],
+    names: Sequence[str],
+    network: Network,
+    *,
+    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]],
+    seed: int = 0,
+    left_out: Sequence[tuple[str, str]] = (),
+) -> References:
+    """The profile of what `network` answered to slides, as `ask_slide` gives it. Raises OptionError for fewer than two."""
+    from wsiscale.networks import network_digest
+
     if len(responses) < 2:
         said = "; ".join(f"{name}: {why}" for name, why in left_out)
         raise OptionError(
             f"a profile needs two slides or more, and there are {len(responses)} to make it of ({said or 'none'})"
         )
-    profile = replace(make_profile(responses, criterion=rule, seed=seed), network=digest, tile_size=loaded.tile_size)
+    made = make_profile(responses, criterion=criterion, seed=seed)
+    profile = replace(made, network=network_digest(network), tile_size=network.tile_size)
     return References(profile, tuple(names), tuple(left_out), _doubtful(profile, names))
 
 
@@ -160,60 +175,65 @@ def _opened(slide: str | os.PathLike[str] | Reader, reader: str) -> AbstractCont
     return open_slide(slide, reader=reader) if isinstance(slide, (str, os.PathLike)) else nullcontext(slide)
 
 
-def _asked(
+def ask_slide(
     slide: Reader,
     network: Network,
-    rule: Criterion,
     *,
-    digest: str,
-    mpp_range: tuple[float, float] | None,
-    places: int,
-    max_upsample: float,
-    detector: TissueDetector | str | None,
-    device: str,
-    batch_size: int | None,
-    seed: int,
-    keep: Path | None,
-    progress: Callable[[int, int], None] | None,
-) -> ScaleResponse:
-    """What the network answers to the slide at every place and scale, from `keep` where it is there."""
+    criterion: str | Criterion | Callable[[ScaleResponse], NDArray[np.float64]],
+    mpp_range: tuple[float, float] | None = None,
+    places: int | None = None,
+    max_upsample: float = 1.0,
+    detector: TissueDetector | str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    seed: int = 0,
+    keep: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SavedResponse:
+    """What the network answers to a reference slide at every place and scale, from `keep` where it is there.
+
+    Raises MppError for a slide without a µm/px, NoTissueError, ScaleError, SlideError.
+    """
     from wsiscale.analyzer import respond
+    from wsiscale.networks import network_digest
 
     if slide.pyramid.mpp is None:
         raise MppError(f"no µm/px to trust: {slide.calibration.detail or 'the slide does not say it'}")
-    size = network.tile_size
+    rule, size = find_criterion(criterion), network.tile_size
     lo, hi, _ = range_on(slide, mpp_range, None, size=size, max_upsample=max_upsample)
-    centers = sample_places(find_tissue(slide, detector), places, seed=seed, field=size * hi)
+    count = default_places(size) if places is None else places
+    centers = sample_places(find_tissue(slide, detector), count, seed=seed, field=size * hi)
     scales = scale_grid(lo, hi, per_octave=PER_OCTAVE)
     # Stages are what slides are registered by; some criteria look at BatchNorm's inputs too.
     layers = "stages" if rule.layers in ("none", "stages") else "auto"
     level = level_for(slide.pyramid, float(scales[0]))
     stack = scale_stack(slide, centers, scales=scales, size=size, max_upsample=max_upsample, level=level)
-    kept = None
-    if keep is not None:
-        from wsiscale.store import read_response, write_response
-
-        about: dict[str, Any] = {
-            "slide": fingerprint(
-                slide, scale_stack(slide, centers[:1], scales=scales[:1], size=size, max_upsample=max_upsample)
-            ),
-            "network": {"name": network.name, "sha256": digest, "tile_size": size},
-            "options": {"scales": scales.tolist(), "centers": centers.tolist(), "layers": layers, "views": list(rule.views)},
-        }
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        kept = keep / f"{slide.source.name}-{key}.zarr"
-        if kept.exists():
-            return replace(read_response(kept).response, slide_mpp=slide.pyramid.mpp)
+    about: dict[str, Any] = {
+        "slide": fingerprint(slide, scale_stack(slide, centers[:1], scales=scales[:1], size=size, max_upsample=max_upsample)),
+        "network": {"name": network.name, "sha256": network_digest(network), "tile_size": size},
+        "options": {"scales": scales.tolist(), "centers": centers.tolist(), "layers": layers, "views": list(rule.views)},
+    }
+    kept = None if keep is None else kept_answers(keep, about)
+    if kept is not None and kept.exists():
+        saved = read_response(kept)
+        return replace(saved, response=replace(saved.response, slide_mpp=slide.pyramid.mpp))
     response = respond(
         network, stack, views=rule.views, layers=layers, device=device, batch_size=batch_size, seed=seed, progress=progress
     )
+    saved = SavedResponse(response, centers, None, about)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_response(kept, SavedResponse(response, centers, None, about))
-    return response
+        write_response(kept, saved)
+    return saved
 
 
-def _doubtful(profile: Profile, names: list[str]) -> tuple[str, ...]:
+def kept_answers(keep: str | os.PathLike[str], about: Mapping[str, Any]) -> Path:
+    """Where `ask_slide` keeps the answers that it says this of."""
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(keep, f"{about['slide']['name']}-{key}.zarr")
+
+
+def _doubtful(profile: Profile, names: Sequence[str]) -> tuple[str, ...]:
     """Slides that come out elsewhere when registered to the others, whichever way is the better one for this network."""
     row = min((0, 1), key=lambda row: usual_error(profile.errors[row], 0.5))
     off = np.abs(profile.errors[row])

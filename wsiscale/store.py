@@ -7,10 +7,12 @@ rename publishes it: whoever finds the final name finds a complete store. docs/o
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,10 +29,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import zarr
+import zarr.core.sync
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from wsiscale.errors import NoTissueError, OptionError, StoreError
+from wsiscale.errors import NoTissueError, OptionError, SlideError, StoreError
 from wsiscale.geometry import (
     TOLERANCE,
     View,
@@ -124,6 +127,12 @@ class StorePlan:
     def chunks(self) -> int:
         return sum(int(touched.sum()) for touched in self.touched)
 
+    @property
+    def megapixels(self) -> float:
+        """Of the finest level."""
+        area = int(self.touched[0].sum()) * _PROFILES[self.ngff].chunk ** 2 if self.touched else 0
+        return min(area, self.canvas[0] * self.canvas[1]) / 1e6
+
     def sentence(self) -> str:
         """What to say before it starts."""
         pixels = (
@@ -148,6 +157,9 @@ class StoreSummary:
     canvas: tuple[int, int]  # (height, width)
     levels: int
     tiles: int
+    failed: int  # of the tiles: the slide is damaged there, and they are white
+    failed_chunks: int  # of the finest level, those beside the tiles included
+    megapixels: float  # of the finest level, what was looked at
     chunks: int  # of the image, all levels
     shards: int
     files: int
@@ -155,9 +167,10 @@ class StoreSummary:
     seconds: float
 
     def sentence(self) -> str:
+        damaged = f", {self.failed} of them damaged and left white" if self.failed else ""
         return (
-            f"{self.path}: {_counted(self.tiles, 'tile')} {_at(self.scale, self.mpp)}, {_counted(self.levels, 'level')}, "
-            f"{self.files} files, {_size(self.bytes)}, {self.seconds:.1f} s"
+            f"{self.path}: {_counted(self.tiles, 'tile')} {_at(self.scale, self.mpp)}{damaged}, "
+            f"{_counted(self.levels, 'level')}, {self.files} files, {_size(self.bytes)}, {self.seconds:.1f} s"
         )
 
     def as_record(self) -> dict[str, Any]:
@@ -243,30 +256,37 @@ def write_store(
     tolerance: float = TOLERANCE,
     max_upsample: float = 1.0,
     halo_um: float = 64.0,
+    max_failed_tiles: float = 0.01,
     estimate: Mapping[str, Any] | None = None,
     made_of: Mapping[str, Any] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    durable: bool = False,
 ) -> StoreSummary:
     """The tissue of `slide` at `mpp` µm/px (or at `scale`, level-0 px per px) as an OME-Zarr at `path`, whole or not at all.
 
     Chunks within `halo_um` of tissue (256 level-0 px where the slide's µm/px is unknown) or of a tile are written, the rest
     is white; the canvas is the whole slide. `tile_size` and `overlap`, px of the store, are those of the tile table.
-    With `pixels` "none" there is a tile table alone. `estimate` and `made_of` (by which a
-    cohort knows its own) are kept as they are, as JSON. One thread works at one shard and
-    needs about 150 MB. `overwrite` replaces a store at `path` once the new one is whole.
+    With `pixels` "none" there is a tile table alone. `estimate` and `made_of` (by which a cohort knows its own) are kept as
+    they are, as JSON. One thread works at one shard and needs about 150 MB. `overwrite` replaces a store at `path` once the new
+    one is whole. With `durable` it outlives a power cut from the moment on that it has its name, and takes longer.
+
+    Chunks of which the slide's own tiles are damaged are left out, white, and the tiles under them are `failed` in the table.
+    Where that is a larger share of the tiles than `max_failed_tiles` there is no store, but a SlideError (DAMAGED).
 
     Raises StoreError (EXISTS, LOCKED, NOT_WRITABLE, NO_SPACE, ...), NoTissueError, ScaleError where it is finer than level 0
     by more than `max_upsample`, MppError where `mpp` is asked of a slide without, and SlideError.
     """
+    if not 0 <= max_failed_tiles <= 1:
+        raise OptionError(f"max_failed_tiles is a share of the tiles, from 0 to 1, not {max_failed_tiles:g}")
     started = time.perf_counter()
     final = Path(os.path.abspath(path))
     kept = {
         name: None if value is None else _plain_json(value) for name, value in (("estimate", estimate), ("made_of", made_of))
     }
     workers = _workers(threads)
-    with _published(final, overwrite=overwrite) as temporary:
+    with _published(final, overwrite=overwrite, durable=durable) as temporary:
         plan = plan_store(
             final,
             slide,
@@ -289,10 +309,12 @@ def write_store(
                 code="NO_SPACE",
             )
         root = zarr.open_group(temporary, mode="w-", zarr_format=_PROFILES[ngff].zarr_format)
-        expected = _write_image(root, plan, slide, workers, progress) if plan.shapes else set()
-        _write_tiles(root, plan)
-        root.attrs.update(_root_attributes(plan, slide, kept))
-        tiles = {"total": plan.tiles, "ok": plan.tiles if plan.shapes else 0, "failed": 0}
+        damage = _Damage(plan, max_failed_tiles, slide.source.name)
+        expected = _write_image(root, plan, slide, workers, progress, damage) if plan.shapes else set()
+        _write_tiles(root, plan, damage)
+        root.attrs.update(_root_attributes(plan, slide, damage, kept))
+        failed = int(damage.tiles.sum())
+        tiles = {"total": plan.tiles, "ok": plan.tiles - failed if plan.shapes else 0, "failed": failed}
         files, size = _write_manifest(temporary, {"tiles": tiles, "chunks": plan.chunks, "shards": plan.shards}, expected)
     return StoreSummary(
         path=final,
@@ -302,6 +324,9 @@ def write_store(
         canvas=plan.canvas,
         levels=len(plan.shapes),
         tiles=plan.tiles,
+        failed=failed,
+        failed_chunks=len(damage.chunks),
+        megapixels=plan.megapixels,
         chunks=plan.chunks,
         shards=plan.shards,
         files=files,
@@ -637,7 +662,47 @@ class _Shard:
     width: int
 
 
-def _write_image(root: zarr.Group, plan: StorePlan, slide: Reader, threads: int, progress: Progress | None) -> set[str]:
+class _Damage:
+    """What of a slide could not be read, and so is missing from its store."""
+
+    def __init__(self, plan: StorePlan, most: float, name: str) -> None:
+        self.chunks: list[tuple[int, int]] = []  # (row, column) of the finest level
+        self.tiles = np.zeros(len(plan.grid), bool)
+        self._begin = _canvas_origins(plan.grid) // _PROFILES[plan.ngff].chunk  # (T, 2)
+        self._end = (_canvas_origins(plan.grid) + plan.grid.size - 1) // _PROFILES[plan.ngff].chunk
+        self._touched = int(plan.touched[0].sum()) if plan.touched else 0
+        self._most = most
+        self._name = name
+
+    def add(self, chunks: Iterable[tuple[int, int]], why: SlideError | None) -> None:
+        """Raises SlideError where it is too much by now."""
+        for chunk in chunks:
+            self.chunks.append(chunk)
+            self.tiles |= ((self._begin <= chunk) & (chunk <= self._end)).all(axis=1)
+        # On a slide with less tissue than a tile's share of it there are chunks and no tiles.
+        missing, of, what = (
+            (self.tiles.sum(), len(self.tiles), "tiles") if len(self.tiles) else (len(self.chunks), self._touched, "chunks")
+        )
+        if missing > self._most * of:
+            raise SlideError(
+                f"{self._name} is damaged under {missing} or more of its {of} {what}, above a share of {self._most:.3g}; copy "
+                f"the file again, or allow more (--max-failed-tiles): {why}",
+                code="DAMAGED",
+            )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What came of one shard."""
+
+    files: list[str]
+    failed: list[tuple[int, int]]  # chunks that could not be read
+    why: SlideError | None
+
+
+def _write_image(
+    root: zarr.Group, plan: StorePlan, slide: Reader, threads: int, progress: Progress | None, damage: _Damage
+) -> set[str]:
     """Writes the pyramid and the tissue label; returns the files that must be there now."""
     profile = _PROFILES[plan.ngff]
     images = [_create_level(root, str(k), (3, *shape), profile) for k, shape in enumerate(plan.shapes)]
@@ -647,9 +712,11 @@ def _write_image(root: zarr.Group, plan: StorePlan, slide: Reader, threads: int,
     labels.attrs.update(_ngff_attributes(plan.ngff, {"labels": ["tissue"]}))
     label.attrs.update(_label_attributes(plan))
 
-    def write(shard: _Shard) -> list[str]:
+    def write(shard: _Shard) -> _Written:
+        failed: list[tuple[int, int]] = []
+        why = None
         if shard.level == 0:
-            pixels = _read_shard(slide, plan, shard, profile.chunk)
+            pixels, failed, why = _read_shard(slide, plan, shard, profile.chunk)
         else:
             pixels = _halved_shard(images[shard.level - 1], shard)
         mask = _tissue_shard(plan, shard)
@@ -661,14 +728,15 @@ def _write_image(root: zarr.Group, plan: StorePlan, slide: Reader, threads: int,
         if mask.any():
             masks[shard.level][rows, columns] = mask
             expected.append(_file(masks[shard.level], (shard.row, shard.column)))
-        return expected
+        return _Written(expected, failed, why)
 
     files: set[str] = set()
     done = 0
 
-    def finished(written: list[str]) -> None:
+    def finished(written: _Written) -> None:
         nonlocal done
-        files.update(written)
+        files.update(written.files)
+        damage.add(written.failed, written.why)
         done += 1
         if progress is not None:
             progress(done, plan.shards)
@@ -711,20 +779,46 @@ def _shard(level: int, index: tuple[int, int], shape: tuple[int, int], size: int
     return _Shard(level, *index, y=y, x=x, height=min(size, shape[0] - y), width=min(size, shape[1] - x))
 
 
-def _read_shard(slide: Reader, plan: StorePlan, shard: _Shard, chunk: int) -> NDArray[np.uint8]:
-    """A shard of level 0 from the slide, white where no chunk is touched: (height, width, 3)."""
+def _read_shard(
+    slide: Reader, plan: StorePlan, shard: _Shard, chunk: int
+) -> tuple[NDArray[np.uint8], list[tuple[int, int]], SlideError | None]:
+    """A shard of level 0 from the slide, white where no chunk is touched or one cannot be read: (height, width, 3).
+
+    Also which chunks (row, column) of the level could not be, and why.
+    """
     pixels = np.full((shard.height, shard.width, 3), _WHITE, np.uint8)
     first_row, first_column = shard.y // chunk, shard.x // chunk
     rows, columns = math.ceil(shard.height / chunk), math.ceil(shard.width / chunk)
     touched = plan.touched[0][first_row : first_row + rows, first_column : first_column + columns]
     size = max(1, math.floor(math.sqrt(_WINDOW) / max(plan.factor, 1)))
-    for top, left, bottom, right in _rectangles(touched):
+
+    def read(top: int, left: int, bottom: int, right: int) -> None:
         height, width = min(bottom * chunk, shard.height) - top * chunk, min(right * chunk, shard.width) - left * chunk
         for dy, dx, h, w in blocks(height, width, size):
             y, x = top * chunk + dy, left * chunk + dx
             view = View(y=(shard.y + y) * plan.scale, x=(shard.x + x) * plan.scale, height=h, width=w, scale=plan.scale)
             pixels[y : y + h, x : x + w] = read_view(slide, view, level=plan.read_level)
-    return pixels
+
+    failed: list[tuple[int, int]] = []
+    why = None
+    for top, left, bottom, right in _rectangles(touched):
+        try:
+            read(top, left, bottom, right)
+            continue
+        except SlideError as error:
+            if error.code != "READ_FAILED":
+                raise
+        # Somewhere in it the slide is damaged: the chunks that are not are read one by one.
+        for row, column in itertools.product(range(top, bottom), range(left, right)):
+            try:
+                read(row, column, row + 1, column + 1)
+            except SlideError as error:
+                if error.code != "READ_FAILED":
+                    raise
+                why = error
+                failed.append((first_row + row, first_column + column))
+                pixels[row * chunk : (row + 1) * chunk, column * chunk : (column + 1) * chunk] = _WHITE
+    return pixels, failed, why
 
 
 def _rectangles(mask: NDArray[np.bool_]) -> list[tuple[int, int, int, int]]:
@@ -761,7 +855,7 @@ def _tissue_shard(plan: StorePlan, shard: _Shard) -> NDArray[np.uint8]:
 
 
 def _in_threads(
-    work: Callable[[_Shard], list[str]], shards: Iterable[_Shard], threads: int, finished: Callable[[list[str]], None]
+    work: Callable[[_Shard], _Written], shards: Iterable[_Shard], threads: int, finished: Callable[[_Written], None]
 ) -> None:
     """Calls `finished`, in the calling thread, with each result. After an exception nothing runs any more."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="wsiscale-store")
@@ -781,7 +875,7 @@ def _file(array: zarr.Array[Any], index: tuple[int, ...]) -> str:
 # Tables and attributes
 
 
-def _write_tiles(root: zarr.Group, plan: StorePlan) -> None:
+def _write_tiles(root: zarr.Group, plan: StorePlan, damage: _Damage) -> None:
     grid = plan.grid
     count = len(grid)
     side = round(grid.size * grid.scale)
@@ -796,7 +890,7 @@ def _write_tiles(root: zarr.Group, plan: StorePlan) -> None:
         "row": canvas[:, 0],
         "col": canvas[:, 1],
         "tissue": grid.tissue.astype(np.float32),
-        "status": np.full(count, status, np.uint8),
+        "status": np.where(damage.tiles, STATUS["failed"], status).astype(np.uint8),
     }
     group = root.create_group("tiles")
     for name, column in columns.items():
@@ -826,7 +920,7 @@ def _write_column(group: zarr.Group, name: str, values: NDArray[Any], dimensions
     group.create_array(name, **settings)[...] = values
 
 
-def _root_attributes(plan: StorePlan, slide: Reader, kept: Mapping[str, Any]) -> dict[str, Any]:
+def _root_attributes(plan: StorePlan, slide: Reader, damage: _Damage, kept: Mapping[str, Any]) -> dict[str, Any]:
     calibration = slide.calibration
     half_pixel = 0.5 / plan.scale - 0.5
     claimed = calibration.claimed
@@ -863,6 +957,7 @@ def _root_attributes(plan: StorePlan, slide: Reader, kept: Mapping[str, Any]) ->
         "levels": len(plan.shapes),
         "ngff": plan.ngff if plan.shapes else None,
         "halo": plan.halo,
+        "failed_chunks": sorted(list(chunk) for chunk in damage.chunks),
         **kept,
         "versions": versions("zarr", "numpy"),
     }
@@ -1101,18 +1196,53 @@ def _group(group: zarr.Group, name: str) -> zarr.Group:
 
 
 @contextmanager
-def _published(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def _published(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` for a folder that becomes `path` in one rename at the end, or is removed."""
     with _reserved(path, overwrite=overwrite):
         temporary = _sibling(path, "partial")
         try:
             yield temporary
+            if durable:
+                _to_disk(*temporary.rglob("*"), temporary)
             if overwrite and path.exists():
                 _exchange(temporary, path)
             else:
                 os.rename(temporary, path)
+            if durable:
+                _to_disk(path.parent)
+        except BaseException:
+            _let_zarr_finish()
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # after an exchange that is the older store
+
+
+def _let_zarr_finish() -> None:
+    """Waits until zarr writes nothing any more: it raises the first error while other files are still on their way.
+
+    These would bring a folder that is removed meanwhile back.
+    """
+    own = "wsiscale waits"  # of which several may wait at once, and not for each other
+
+    async def others_done() -> None:
+        current = asyncio.current_task()
+        assert current is not None
+        current.set_name(own)
+        others = [task for task in asyncio.all_tasks() if task.get_name() != own]
+        if others:
+            await asyncio.wait(others, timeout=60)
+
+    zarr.core.sync.sync(others_done())
+
+
+def _to_disk(*paths: Path) -> None:
+    """Files and folders out of the system's memory."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

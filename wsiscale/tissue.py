@@ -26,7 +26,8 @@ _SHORTEST = 64  # mask px; small ones get smaller steps
 def find_tissue(slide: Reader, detector: TissueDetector | str | None = None) -> Tissue:
     """Where the tissue of `slide` is. `detector` is a function or `file.py:name`; the default is `stained`.
 
-    A slide without tissue gives an empty mask, not an error.
+    A slide without tissue gives an empty mask, not an error. What is damaged and cannot be seen counts as tissue, so that it is
+    missed where it is looked for; more than a tenth of the slide is a SlideError.
     """
     if detector is None:
         detect: TissueDetector = stained
@@ -34,11 +35,11 @@ def find_tissue(slide: Reader, detector: TissueDetector | str | None = None) -> 
         detect = load_object(detector) if isinstance(detector, str) else detector
     height, width = slide.pyramid.shape
     step = max(max(height, width) / _LONGEST, min(_STEP, max(1.0, min(height, width) / _SHORTEST)))
-    image = thumbnail(slide, step=step)
+    image, unread = thumbnail(slide, step=step)
     mask = np.asarray(detect(image))
     if mask.shape != image.shape[:2]:
         raise OptionError(f"the tissue detector gave {mask.shape} for a thumbnail of {image.shape[:2]}; give one bool a pixel")
-    mask = mask.astype(bool)
+    mask = mask.astype(bool) | unread
     y, x, h, w = slide.pyramid.scanned
     scanned = np.zeros_like(mask)
     scanned[int(y / step) : int(np.ceil((y + h) / step)), int(x / step) : int(np.ceil((x + w) / step))] = True

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsiscale.errors import SlideError
 from wsiscale.geometry import View, blocks, plan_read
 from wsiscale.resample import resample
 from wsiscale.types import Reader, TileGrid
+
+log = logging.getLogger(__name__)
 
 # A window of more px than this is read and resampled piece by piece: 24 MB of pixels.
 MAX_WINDOW = 8_000_000
 
 # Tiles that a thread reads one after another: handing each over by itself would cost a fifth of what reading it does.
 _RUN = 8
+
+# Of a thumbnail of a damaged slide.
+_LARGEST_PIECE, _PIECE = 128, 8  # px a side that are read at once: halved around the damage, so that little is lost with it
+MOST_UNREAD = 0.1  # of it
 
 
 def read_view(
@@ -79,8 +88,41 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def thumbnail(slide: Reader, *, step: float) -> NDArray[np.uint8]:
-    """The whole slide at `step` level-0 pixels per pixel: (h, w, 3)."""
+def thumbnail(slide: Reader, *, step: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The whole slide at `step` level-0 pixels per pixel, (h, w, 3), and where it could not be read, (h, w).
+
+    Where a level is damaged a finer one is read; what none has is white. Raises SlideError where that is more than a tenth.
+    """
     height, width = slide.pyramid.shape
     view = View(y=0, x=0, height=math.ceil(height / step), width=math.ceil(width / step), scale=step)
-    return read_view(slide, view)
+    unread = np.zeros((view.height, view.width), bool)
+    try:
+        return read_view(slide, view), unread
+    except SlideError as error:
+        if error.code != "READ_FAILED":
+            raise
+        damage = error
+    log.warning("%s; looking at it piece by piece", damage)
+    pixels = np.full((view.height, view.width, 3), 255, np.uint8)
+    best = plan_read(slide.pyramid, view).level
+
+    def fill(y: int, x: int, height: int, width: int, levels: Sequence[int]) -> bool:
+        part = View(y=y * step, x=x * step, height=height, width=width, scale=step)
+        for level in levels:
+            with suppress(SlideError):
+                pixels[y : y + height, x : x + width] = read_view(slide, part, level=level)
+                return True
+        return False
+
+    waiting = list(blocks(view.height, view.width, _LARGEST_PIECE))
+    while waiting:
+        y, x, height, width = piece = waiting.pop()
+        if max(height, width) <= _PIECE:
+            if not fill(*piece, range(best, -1, -1)):
+                unread[y : y + height, x : x + width] = True
+                if unread.mean() > MOST_UNREAD:
+                    raise damage
+        elif not fill(*piece, [best]):
+            half = max(height, width) // 2
+            waiting += [(y + dy, x + dx, h, w) for dy, dx, h, w in blocks(height, width, half)]
+    return pixels, unread

@@ -88,6 +88,12 @@ def masks(segmenter: Segmenter, copy: Copy) -> Iterator[Masks]:
         yield Masks(copy.name, tags, "oracle", best)
 
 
+def by_truth(segmenter: Segmenter, copy: Copy) -> dict[float, float]:
+    """Dice at each of ORACLE µm/px by the truth."""
+    found = {mpp: segmenter.probability(copy.pixels, mpp / copy.mpp) > segmenter.threshold for mpp in ORACLE}
+    return {mpp: dice(mask, copy.truth) for mpp, mask in found.items()}
+
+
 Estimated = tuple[float | None, str | None]  # the scale, or why there is none
 
 

@@ -10,14 +10,16 @@ import faulthandler
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -26,16 +28,37 @@ import dask
 import numpy as np
 from distributed import Client, Future, KilledWorker, LocalCluster
 
-from wsiscale.cohort.one_slide import SCHEMA, RunOptions, estimate_slide, process_slide, read_record, write_record, write_slide
+from wsiscale.cohort.one_slide import (
+    SCHEMA,
+    WRITTEN,
+    RunOptions,
+    estimate_slide,
+    process_slide,
+    read_record,
+    write_record,
+    write_slide,
+)
 from wsiscale.cohort.plan import SlideSpec
-from wsiscale.cohort.records import CohortSummary, row_of, write_manifest, write_summary
-from wsiscale.errors import OptionError
+from wsiscale.cohort.records import CohortSummary, write_results
+from wsiscale.cohort.reference import (
+    FEWEST,
+    REFERENCES,
+    ask_reference,
+    candidates,
+    make_cohort_profile,
+    profile_path,
+    profile_to_use,
+)
+from wsiscale.errors import OptionError, StoreError
 from wsiscale.memory import keep_memory
 from wsiscale.views import cores
 
 log = logging.getLogger(__name__)
 
-Told = Callable[[str, SlideSpec, dict[str, Any] | None], None]  # ("started" or "done", slide, its record)
+# ("started" or "done", slide, its record); before that ("asked" or "answered", slide, None) of slides for a profile
+Told = Callable[[str, SlideSpec, dict[str, Any] | None], None]
+
+LEAST_FREE = 100_000_000  # bytes; each store asks for what it needs itself
 
 
 def run_cohort(
@@ -45,6 +68,7 @@ def run_cohort(
     *,
     client: Client | str | None = None,
     workers: int = 1,
+    whole: bool = True,
     told: Told | None = None,
 ) -> CohortSummary:
     """Estimates and writes every slide of `specs` below `out`: stores, records, logs, manifest.csv, manifest.jsonl, summary.md.
@@ -53,29 +77,38 @@ def run_cohort(
     is given is not closed. Where workers offer a resource GPU, slides are estimated on those and written on the others. What
     was done before, with the same options, is not done again; so a run that was interrupted goes on when it is called again.
 
-    Raises OptionError for options that make no sense, and for a cluster without workers.
+    With the profile "auto" a network that brings none gets one of the cohort's own (see `reference`), with "cohort" any network
+    does; not where `specs` are a part of the cohort (`whole` is False), unless it is there already.
+
+    Raises OptionError for options that make no sense, and for a cluster without workers, ModelError where a worker cannot load
+    the network, and StoreError where nothing can be written.
     """
     options = RunOptions() if options is None else options
     folder = Path(os.path.abspath(out))
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     started = time.perf_counter()
+    locked: dict[str, dict[str, Any]] = {}  # by others, who will write these slides' records
+    by_profile: str | None = None
     counts = {"done": 0, "resumed": 0}
 
     def heard(event: str, spec: SlideSpec, record: dict[str, Any] | None) -> None:
         if record is not None:
             counts["resumed" if record.get("resumed") else "done"] += 1
+            if record["status"] == "locked":
+                locked[spec.id] = record
         if told is not None:
             told(event, spec, record)
 
     def summarised() -> CohortSummary:
-        rows = [row_of(read_record(folder, spec.id) or missing(spec)) for spec in specs]
-        by_status = write_manifest(folder, rows)
-        summary = CohortSummary(folder, by_status, counts["done"], counts["resumed"], time.perf_counter() - started)
-        write_summary(folder, rows, summary)
-        return summary
+        records = (locked.get(spec.id) or read_record(folder, spec.id) or missing(spec) for spec in specs)
+        seconds = time.perf_counter() - started
+        return write_results(
+            folder, records, done=counts["done"], resumed=counts["resumed"], seconds=seconds, profile=by_profile
+        )
 
     try:
         with _client(client, workers) as dask_client:
+            options, by_profile = _with_profile(dask_client, specs, folder, options, whole, heard)
             poisonous = _worked(dask_client, sorted(specs, key=_size, reverse=True), folder, options, heard)
         for spec in poisonous:
             heard("started", spec, None)
@@ -115,6 +148,76 @@ def alone(spec: SlideSpec, options: RunOptions, out: Path) -> dict[str, Any]:
         record |= {"status": "killed", "code": name, "message": f"reading it ended the process twice: {last[:300]}"}
     write_record(out, record)
     return record
+
+
+def _with_profile(
+    client: Client, specs: Sequence[SlideSpec], out: Path, options: RunOptions, whole: bool, told: Told
+) -> tuple[RunOptions, str | None]:
+    """The options with the profile that slides are to be registered to, made if need be, and what to say of it."""
+    if options.profile not in ("auto", "cohort"):
+        return options, None
+    if options.profile == "cohort" and not options.trust_tag:
+        raise OptionError("a cohort's own profile rests on its tags; give either --profile cohort or --no-trust-tag")
+    where = {"resources": {"GPU": 1}} if _slots(client)[0] else {}
+    found = client.submit(profile_to_use, asdict(options), str(out), pure=False, **where).result()
+    if found == "auto":
+        return replace(options, profile="auto"), "the one in the network's card"
+    if found is not None:
+        return replace(options, profile=found), f"{Path(found).name}, of an earlier run"
+    left_out = Counter[str]()
+    references: list[dict[str, Any]] = []
+    if whole and options.trust_tag and len(specs) >= FEWEST:
+        references, left_out = _references(client, candidates(specs)[: 4 * REFERENCES], out, options, told)
+    if len(references) >= FEWEST:
+        said = client.submit(make_cohort_profile, references, asdict(options), str(out), pure=False, **where).result()
+        return replace(options, profile=str(profile_path(out))), f"{profile_path(out).name}, of this cohort: {said}"
+    why = "; ".join(f"{count} x {reason}" for reason, count in left_out.most_common(3))
+    few = f"{len(references)} slides of the cohort may be references, and {FEWEST} are needed" + (f" ({why})" if why else "")
+    if options.profile == "cohort":
+        raise OptionError(f"no profile can be made: {few if whole else 'this is a part of the cohort; run it whole once'}")
+    return replace(options, profile=None), f"none: the network's card has none, and {few}" if whole else None
+
+
+def _references(
+    client: Client, specs: Sequence[SlideSpec], out: Path, options: RunOptions, told: Told
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """What was kept of the first slides of `specs` that can be references, and why others cannot: the same on any cluster."""
+    gpus, _, slots = _slots(client)
+    where = {"resources": {"GPU": 1}} if gpus else {}
+    references: list[dict[str, Any]] = []
+    left_out = Counter[str]()
+    waiting = deque(specs)
+    while waiting and len(references) < REFERENCES:
+        some = [waiting.popleft() for _ in range(min(REFERENCES - len(references), len(waiting)))]
+        answers: dict[str, dict[str, Any]] = {}
+        for first in range(0, len(some), gpus or slots):  # no more than there are workers, for the reason at the top
+            running = {}
+            for spec in some[first : first + (gpus or slots)]:
+                told("asked", spec, None)
+                asked = (asdict(spec), asdict(options), str(out))
+                running[spec.id] = client.submit(_within, options.time_limit, ask_reference, *asked, pure=False, **where)
+            for spec in some[first : first + (gpus or slots)]:
+                try:
+                    answers[spec.id] = running[spec.id].result()
+                except KilledWorker:
+                    answers[spec.id] = {"why": "its worker died"}
+                told("answered", spec, None)
+        references += [answers[spec.id] for spec in some if answers[spec.id]["why"] is None]
+        left_out.update(answer["why"] for answer in answers.values() if answer["why"] is not None)
+    return references, left_out
+
+
+def check_writable(folder: Path) -> None:
+    """Raises StoreError where nothing can be written, before any slide is read."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror or error}", code="NOT_WRITABLE") from error
+    if free < LEAST_FREE:
+        raise StoreError(f"{free / 1e6:.0f} MB are free for {folder}, and a slide may need many; make room", code="NO_SPACE")
 
 
 def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunOptions, told: Told) -> list[SlideSpec]:
@@ -193,7 +296,7 @@ def _within(limit: float, work: Callable[..., dict[str, Any]], *asked: Any) -> d
 def _by_median(specs: Sequence[SlideSpec], options: RunOptions, out: Path) -> None:
     """Writes the slides without an answer at the median of the others'."""
     records = [record for spec in specs if (record := read_record(out, spec.id)) is not None]
-    answers = [record["mpp"] for record in records if record["status"] == "ok" and record.get("mpp") is not None]
+    answers = [record["mpp"] for record in records if record["status"] in WRITTEN and record.get("mpp") is not None]
     if not answers:
         log.warning("no slide of the cohort has an answer, so that there is no median for those without")
         return

@@ -22,21 +22,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsiscale.card import read_card
 from wsiscale.cohort.plan import SlideSpec
 from wsiscale.errors import MppError, NoTissueError, OptionError, SlideError, StoreError, WsiscaleError
 from wsiscale.versions import versions
 
 if TYPE_CHECKING:
     from wsiscale.networks import Network
+    from wsiscale.profile import Profile
+    from wsiscale.readers.files import FileReader
     from wsiscale.types import Reader, ScaleEstimate
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1  # of the records
-FINISHED = ("ok", "no_tissue", "abstained", "bad_input")  # the same again would come of the same slide and options
+WRITTEN = ("ok", "partial")
+FINISHED = (*WRITTEN, "no_tissue", "abstained", "bad_input")  # the same again would come of the same slide and options
 _PART = 65_536  # bytes of a file's start, middle and end that tell it from another
 
-_WITHOUT_SAY = ("device", "batch_size", "threads", "time_limit", "memory_limit", "retry")  # in what comes out
+_WITHOUT_SAY = ("device", "batch_size", "threads", "time_limit", "memory_limit", "retry", "durable")  # in what comes out
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,14 @@ class RunOptions:
     ngff: str = "0.5"
     pixels: str = "tissue"
     tolerance: float = 0.01
+    max_failed_tiles: float = 0.01  # share of a slide's tiles that may be damaged
     device: str = "auto"
     batch_size: int | None = None
     threads: int | None = 1  # that write a slide
     time_limit: float = 3600  # s for one slide
     memory_limit: float | None = None  # GB for one slide, where it is worked on alone
     retry: bool = False  # slides that ended without a store, too
+    durable: bool = False  # stores and records outlive a power cut
 
     def __post_init__(self) -> None:
         policy, _, value = self.on_abstain.partition(":")
@@ -81,8 +87,8 @@ class RunOptions:
     def digest(self) -> str:
         """Of all that has a say in what comes out, the network's weights and this package's version included."""
         said = {name: value for name, value in asdict(self).items() if name not in _WITHOUT_SAY}
+        said |= {name: _by_content(said[name]) for name in ("model", "weights", "profile", "detector")}
         said |= {"schema": SCHEMA, "versions": versions()}
-        said |= {"files": {name: _file_digest(said[name]) for name in ("model", "weights", "profile", "detector")}}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -110,9 +116,9 @@ def process_slide(
 ) -> dict[str, Any]:
     """Estimates a slide's best µm/px and writes its tissue at it below `out`; returns the record, which also lies there.
 
-    Never raises for what is wrong with a slide, its network or its store: `status` is ok, no_tissue, abstained, bad_input,
-    failed or locked, `code` and `message` say why. A slide that is done already, by the same options, is not looked at again
-    (`resumed` is true then). Raises OptionError for options that make no sense.
+    Never raises for what is wrong with a slide, its network or its store: `status` is ok, partial, no_tissue, abstained,
+    bad_input, failed or locked, `code` and `message` say why. A slide that is done already, by the same options, is not looked
+    at again (`resumed` is true then). Raises OptionError for options that make no sense.
     """
     return write_slide(spec, options, out, estimate_slide(spec, options, out))
 
@@ -121,7 +127,7 @@ def estimate_slide(
     spec: SlideSpec | Mapping[str, Any], options: RunOptions | Mapping[str, Any], out: str | os.PathLike[str]
 ) -> dict[str, Any]:
     """The first half of `process_slide`, for workers with a GPU: a record whose status is `estimated` or final."""
-    spec, options, folder = _plain(spec, options, out)
+    spec, options, folder = plain_arguments(spec, options, out)
 
     def work(record: dict[str, Any]) -> None:
         record["made_of"] = {"options": options.digest(), "slide": fingerprint(spec.path), "mpp": repr(spec.mpp)}
@@ -129,10 +135,12 @@ def estimate_slide(
         if previous is not None:
             record |= previous | {"resumed": True}
             return
-        with _opened(spec, options) as slide:
-            record |= _estimated(slide, options)
+        with opened_slide(spec, options) as slide:
+            record |= _estimated(slide, spec, options)
+            record["reads"] = slide.reads
 
-    return _recorded(work, spec, folder, {"schema": SCHEMA, "id": spec.id, "slide": Path(spec.path).name, "resumed": False})
+    before = {"schema": SCHEMA, "id": spec.id, "slide": Path(spec.path).name, "resumed": False}
+    return _recorded(work, spec, folder, before, durable=options.durable)
 
 
 def write_slide(
@@ -144,13 +152,14 @@ def write_slide(
     """The second half: writes the store of a slide whose record says `estimated`; others it returns as they are."""
     if record["status"] != "estimated":
         return dict(record)
-    spec, options, folder = _plain(spec, options, out)
+    spec, options, folder = plain_arguments(spec, options, out)
 
     def work(written: dict[str, Any]) -> None:
-        with _opened(spec, options) as slide:
+        with opened_slide(spec, options) as slide:
             written |= _written(slide, spec, options, folder, written)
+            written["reads"] = written.get("reads", 0) + slide.reads
 
-    return _recorded(work, spec, folder, record)
+    return _recorded(work, spec, folder, record, durable=options.durable)
 
 
 def store_path(out: str | os.PathLike[str], name: str) -> Path:
@@ -170,12 +179,16 @@ def read_record(out: str | os.PathLike[str], name: str) -> dict[str, Any] | None
     return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
 
 
-def write_record(out: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+def write_record(out: str | os.PathLike[str], record: Mapping[str, Any], *, durable: bool = False) -> None:
     """Whole or not at all."""
     path = record_path(out, record["id"])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False, sort_keys=True) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=1, allow_nan=False, sort_keys=True) + "\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -187,7 +200,7 @@ def _previous(spec: SlideSpec, options: RunOptions, out: Path, made_of: Mapping[
     record = read_record(out, spec.id)
     if record is None or record.get("made_of") != made_of or record["status"] not in FINISHED:
         return None
-    if record["status"] != "ok":
+    if record["status"] not in WRITTEN:
         return None if options.retry else record
     return record if _store_made_of(store_path(out, spec.id)) == made_of else None
 
@@ -222,15 +235,21 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _file_digest(name: str | None) -> str | None:
-    """Of a file that an option names, or of the file in `file.py:name`; None where it names none."""
+def _by_content(name: str | None) -> Any:
+    """What an option names: by their contents the files, of a card its weights' and its code's too, else the name itself."""
     if name is None:
         return None
-    path = next((p for p in (Path(name), Path(name.rpartition(":")[0])) if p.is_file()), None)
-    if path is None:
-        return None
+    file, colon, inside = name.rpartition(":") if not Path(name).is_file() else (name, "", "")
+    path = Path(file)
+    if not file or not path.is_file():
+        return name
     status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
+    said = [_sha256(path, status.st_size, status.st_mtime_ns), colon + inside]
+    if path.suffix == ".json":
+        card = read_card(path)
+        beside = (str(path.parent / str(card[field])) for field in ("weights", "factory") if card.get(field) is not None)
+        said += [_by_content(other) if Path(other.partition(":")[0]).is_file() else "" for other in beside]
+    return said
 
 
 @lru_cache(maxsize=16)
@@ -242,10 +261,10 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  which
 # Working
 
 
-def _estimated(slide: Reader, options: RunOptions) -> dict[str, Any]:
+def _estimated(slide: Reader, spec: SlideSpec, options: RunOptions) -> dict[str, Any]:
     from wsiscale.estimation import as_record, estimate
 
-    network = _network(options.model, options.weights, options.tile_size, options.trust_model)
+    network = loaded_network(options)
     found = estimate(
         slide,
         network,
@@ -258,12 +277,13 @@ def _estimated(slide: Reader, options: RunOptions) -> dict[str, Any]:
         device=options.device,
         batch_size=options.batch_size,
         seed=options.seed,
-        profile=options.profile,
+        profile=_profile(spec, options),
         trust_tag=options.trust_tag,
     )
     answer = as_record(found)
     result: dict[str, Any] = {"status": "estimated", "estimate": answer, "mpp_source": found.mpp_source}
     result |= {"slide_mpp": found.slide_mpp, "ci90": answer["ci90"], "forwards": found.forwards}
+    result |= _tissue_says(found)
     if found.abstained is not None:
         result |= {"code": found.abstained.reason, "message": found.abstained.detail}
         policy = options.on_abstain.partition(":")[0]
@@ -273,6 +293,38 @@ def _estimated(slide: Reader, options: RunOptions) -> dict[str, Any]:
             return {**result, "status": "abstained"}
         return {**result, "mpp": fixed_mpp(options.on_abstain), "chosen_by": options.on_abstain}
     return {**result, **_target(found)}
+
+
+def _profile(spec: SlideSpec, options: RunOptions) -> Profile | str | None:
+    """What a slide is registered to: a reference slide to the others, lest it agree with its own tag."""
+    if options.profile == "cohort":
+        raise OptionError("one slide is no cohort to make a profile of; give a card, auto or none")
+    path = Path(options.profile or "auto")
+    if options.profile in (None, "auto") or not path.is_file():
+        return options.profile
+    status = path.stat()
+    profile, references = _loaded_profile(path, status.st_size, status.st_mtime_ns)
+    return profile.without(references.index(spec.id)) if spec.id in references else profile
+
+
+@lru_cache(maxsize=1)
+def _loaded_profile(path: Path, size: int, mtime_ns: int) -> tuple[Profile, tuple[str, ...]]:  # noqa: ARG001  by which it is known
+    from wsiscale.profile import load_profile
+
+    return load_profile(path), tuple(json.loads(path.read_text(encoding="utf-8")).get("references", ()))
+
+
+def _tissue_says(found: ScaleEstimate) -> dict[str, Any]:
+    """The slide's µm/px by its tissue, registered to the network's profile, beside the one by its tag."""
+    from wsiscale.profile import TAG_MARGIN, beyond
+
+    by_tissue = found.registration
+    if by_tissue is None or by_tissue.mpp is None or by_tissue.ci90 is None:
+        return {}
+    said: dict[str, Any] = {"tissue_mpp": by_tissue.mpp, "tissue_ci90": list(by_tissue.ci90), "tag_mpp": by_tissue.claimed}
+    if by_tissue.claimed is None:
+        return {**said, "tag": "missing"}
+    return {**said, "tag": "conflicts" if beyond(by_tissue.claimed, by_tissue.ci90) > TAG_MARGIN else "agrees"}
 
 
 def _target(found: ScaleEstimate) -> dict[str, Any]:
@@ -301,37 +353,54 @@ def _written(slide: Reader, spec: SlideSpec, options: RunOptions, out: Path, rec
         pixels=options.pixels,  # type: ignore[arg-type]
         tolerance=options.tolerance,
         max_upsample=options.max_upsample,
-        estimate=record["estimate"],
+        max_failed_tiles=options.max_failed_tiles,
+        # Without how long it took, so that the same again is the same to the byte.
+        estimate={name: value for name, value in record["estimate"].items() if name != "seconds"},
         made_of=record["made_of"],
         threads=options.threads,
         overwrite=True,
+        durable=options.durable,
     )
+    damage: dict[str, Any] = {"status": "ok"}
+    if summary.failed_chunks:
+        where = f"{summary.failed} of {summary.tiles} tiles, in {summary.failed_chunks} chunks"
+        damage = {"status": "partial", "code": "DAMAGED", "message": f"the slide is damaged under {where}; these are white"}
     return {
-        "status": "ok",
+        **damage,
         "store": f"stores/{path.name}",
         "tiles": summary.tiles,
+        "failed_tiles": summary.failed,
+        "megapixels": round(summary.megapixels, 3),
         "bytes": summary.bytes,
         "scale": summary.scale,
     }
 
 
+def loaded_network(options: RunOptions) -> Network:
+    """Once a process, by name: weights never travel."""
+    return _network(options.model, options.weights, options.tile_size, options.trust_model)
+
+
 @lru_cache(maxsize=1)
 def _network(model: str | None, weights: str | None, tile_size: int | None, trust_model: bool) -> Network:
-    """Once a process, by name: weights never travel."""
     from wsiscale.networks import load_network
 
     return load_network(model, weights=None if weights is None else Path(weights), tile_size=tile_size, trust_model=trust_model)
 
 
 @contextmanager
-def _opened(spec: SlideSpec, options: RunOptions) -> Iterator[Reader]:
+def opened_slide(spec: SlideSpec, options: RunOptions) -> Iterator[FileReader[Any]]:
     from wsiscale.readers import open_slide
+    from wsiscale.readers.files import FileReader
 
     with open_slide(spec.path, mpp=spec.mpp, reader=options.reader) as slide:
+        assert isinstance(slide, FileReader)
         yield slide
 
 
-def _recorded(work: Callable[[dict[str, Any]], None], spec: SlideSpec, out: Path, before: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(
+    work: Callable[[dict[str, Any]], None], spec: SlideSpec, out: Path, before: Mapping[str, Any], *, durable: bool
+) -> dict[str, Any]:
     """The record that `work` has filled, on disk if its status is final; what it raises becomes one."""
     started = time.perf_counter()
     record = dict(before)
@@ -351,7 +420,7 @@ def _recorded(work: Callable[[dict[str, Any]], None], spec: SlideSpec, out: Path
         if not record["resumed"]:
             record["seconds"] = round(record.get("seconds", 0.0) + time.perf_counter() - started, 3)
             if record["status"] not in ("estimated", "locked"):  # whoever holds the lock writes the record
-                write_record(out, record)
+                write_record(out, record, durable=durable)
             log.info("%s %s %s", record["status"], record.get("code", ""), record.get("message", ""))
     return record
 
@@ -362,6 +431,8 @@ def status_of(error: WsiscaleError) -> str:
         return "no_tissue"
     if isinstance(error, StoreError) and error.code == "LOCKED":
         return "locked"
+    if isinstance(error, SlideError) and error.code == "DAMAGED":
+        return "failed"
     return "bad_input" if isinstance(error, SlideError | MppError) else "failed"
 
 
@@ -383,7 +454,7 @@ def _logged(out: Path, name: str) -> Iterator[None]:
         handler.close()
 
 
-def _plain(
+def plain_arguments(
     spec: SlideSpec | Mapping[str, Any], options: RunOptions | Mapping[str, Any], out: str | os.PathLike[str]
 ) -> tuple[SlideSpec, RunOptions, Path]:
     return (

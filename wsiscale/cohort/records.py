@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-STATUSES = ("ok", "no_tissue", "abstained", "bad_input", "failed", "killed", "locked", "missing")
+STATUSES = ("ok", "partial", "no_tissue", "abstained", "bad_input", "failed", "killed", "locked", "missing")
+WENT_WRONG = ("bad_input", "failed", "killed", "locked", "missing")
 COLUMNS = (
     *("id", "slide", "status", "code", "mpp", "ci90_low", "ci90_high", "scale", "slide_mpp", "mpp_source", "chosen_by"),
-    *("tiles", "bytes", "forwards", "seconds", "store", "message"),
+    *(
+        "tissue_mpp",
+        "tissue_low",
+        "tissue_high",
+        "tag",
+        "tiles",
+        "failed_tiles",
+        "megapixels",
+        "bytes",
+        "forwards",
+        "reads",
+        "seconds",
+    ),
+    *("store", "message"),
 )
+_LISTED = 1000  # slides of each kind in the summary; the manifest has all
 
 
 @dataclass(frozen=True)
@@ -27,9 +42,11 @@ class CohortSummary:
 
     out: Path
     counts: Mapping[str, int]  # status -> slides, of the whole cohort
+    conflicts: int  # slides whose tissue contradicts their tag
     done: int  # slides that this run worked on
     resumed: int  # slides that had been done before
     seconds: float
+    profile: str | None  # what slides were registered to, in words
 
     @property
     def slides(self) -> int:
@@ -37,62 +54,116 @@ class CohortSummary:
 
     @property
     def failed(self) -> int:
-        return sum(self.counts.get(status, 0) for status in ("bad_input", "failed", "killed", "locked", "missing"))
+        return sum(self.counts.get(status, 0) for status in WENT_WRONG)
 
     def sentence(self) -> str:
         parts = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
         before = f", {self.resumed} of them done before" if self.resumed else ""
-        return f"{self.out}: {self.slides} slide{'' if self.slides == 1 else 's'}{before}: {parts}; {self.seconds:.0f} s"
+        tags = f"; the tissue of {self.conflicts} contradicts the µm/px of the tag" if self.conflicts else ""
+        return f"{self.out}: {self.slides} slide{'' if self.slides == 1 else 's'}{before}: {parts}{tags}; {self.seconds:.0f} s"
+
+
+@dataclass
+class _Seen:
+    """What the summary says of the slides that have gone by."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    mpps: list[float] = field(default_factory=list)
+    needing: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+    tiles: int = 0
+    reads: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.counts[row["status"]] += 1
+        for name in ("tiles", "reads", "seconds", "bytes"):
+            setattr(self, name, getattr(self, name) + (row[name] or 0))
+        if row["status"] in ("ok", "partial"):
+            self.sources[str(row["mpp_source"])] += 1
+            if row["mpp"] is not None:
+                self.mpps.append(row["mpp"])
+        if row["status"] not in ("ok", "no_tissue") and len(self.needing) < _LISTED:
+            why = f"{row['status']} {_cell(row['code'])} | {_cell(row['message'])}"
+            self.needing.append(f"| {_cell(row['id'])} | {why} |")
+        if row["tag"] == "conflicts":
+            found = f"{row['tissue_mpp']:.3g} ({row['tissue_low']:.3g} to {row['tissue_high']:.3g})"
+            self.conflicts.append(f"| {_cell(row['id'])} | {row['slide_mpp']:.4g} | {found} |")
+
+
+def write_results(
+    out: Path, records: Iterable[Mapping[str, Any]], *, done: int, resumed: int, seconds: float, profile: str | None = None
+) -> CohortSummary:
+    """manifest.csv, manifest.jsonl and summary.md from the slides' records, each file whole or not at all."""
+    seen = _Seen()
+    with _replacing(out / "manifest.csv") as table, _replacing(out / "manifest.jsonl") as lines:
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for record in records:
+            row = row_of(record)
+            seen.add(row)
+            writer.writerow(row)
+            lines.write(json.dumps(row, allow_nan=False) + "\n")
+    counts = {status: seen.counts[status] for status in STATUSES if seen.counts[status]}
+    summary = CohortSummary(out, counts, len(seen.conflicts), done, resumed, seconds, profile)
+    with _replacing(out / "summary.md") as file:
+        file.write("\n".join(_summary(summary, seen)) + "\n")
+    return summary
 
 
 def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as a line of the manifest."""
-    low, high = record.get("ci90") or (None, None)
-    return {name: record.get(name) for name in COLUMNS} | {"ci90_low": low, "ci90_high": high}
+    row = {name: record.get(name) for name in COLUMNS}
+    for name in ("ci90", "tissue"):
+        low, high = record.get("tissue_ci90" if name == "tissue" else name) or (None, None)
+        row |= {f"{name}_low": low, f"{name}_high": high}
+    return row
 
 
-def write_manifest(out: Path, rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """manifest.csv and manifest.jsonl, each whole or not at all; returns the number of slides by status."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    lines = []
-    counts: Counter[str] = Counter()
-    for row in rows:
-        counts[row["status"]] += 1
-        writer.writerow(row)
-        lines.append(json.dumps(dict(row), allow_nan=False))
-    _replace(out / "manifest.csv", table.getvalue())
-    _replace(out / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
-    return {status: counts[status] for status in STATUSES if counts[status]}
-
-
-def write_summary(out: Path, rows: Sequence[Mapping[str, Any]], summary: CohortSummary) -> None:
-    """summary.md: counts, the estimates' distribution, and every slide that needs a person."""
-    answered = [float(row["mpp"]) for row in rows if row["status"] == "ok" and row.get("mpp") is not None]
-    text = [f"# {out.name}", "", summary.sentence().partition(": ")[2] + ".", "", "| status | slides |", "|---|---|"]
-    text += [f"| {status} | {count} |" for status, count in summary.counts.items()]
-    if answered:
-        low, middle, high = np.percentile(answered, [5, 50, 95])
-        text += ["", f"Written at {middle:.3g} µm/px in the median; 90 % of the slides between {low:.3g} and {high:.3g}."]
-    sources = Counter(str(row.get("mpp_source")) for row in rows if row["status"] == "ok")
-    if sources:
-        text += ["", "µm/px from: " + ", ".join(f"{source} ({count})" for source, count in sources.most_common()) + "."]
-    needing = [row for row in rows if row["status"] not in ("ok", "no_tissue")]
-    if needing:
-        text += ["", "## Slides to look at", "", "| slide | status | why |", "|---|---|---|"]
-        text += [
-            f"| {_cell(row['id'])} | {row['status']} {_cell(row.get('code'))} | {_cell(row.get('message'))} |"
-            for row in needing
-        ]
-    _replace(out / "summary.md", "\n".join(text) + "\n")
+def _summary(summary: CohortSummary, seen: _Seen) -> Iterator[str]:
+    """Counts, the estimates' distribution, and every slide that needs a person."""
+    yield from (
+        f"# {summary.out.name}",
+        "",
+        summary.sentence().partition(": ")[2] + ".",
+        "",
+        "| status | slides |",
+        "|---|---|",
+    )
+    yield from (f"| {status} | {count} |" for status, count in summary.counts.items())
+    if seen.mpps:
+        low, middle, high = np.percentile(seen.mpps, [5, 50, 95])
+        yield from ("", f"Written at {middle:.3g} µm/px in the median; 90 % of the slides between {low:.3g} and {high:.3g}.")
+    if seen.sources:
+        yield from ("", "µm/px from: " + ", ".join(f"{source} ({count})" for source, count in seen.sources.most_common()) + ".")
+    if summary.profile is not None:
+        yield from ("", f"Profile: {summary.profile}.")
+    if seen.seconds:
+        yield ""
+        yield (
+            f"{seen.tiles} tiles, {seen.bytes / 1e9:.3g} GB; {seen.seconds:.0f} worker-seconds, {seen.reads} reads of slides "
+            f"({seen.reads / seen.seconds:.0f} a second and worker)."
+        )
+    if seen.conflicts:
+        yield from ("", "## Slides whose tissue contradicts their tag", "")
+        yield from ("| slide | tag, µm/px | tissue, µm/px (90 %) |", "|---|---|---|", *seen.conflicts)
+    if seen.needing:
+        yield from ("", "## Slides to look at", "", "| slide | status | why |", "|---|---|---|", *seen.needing)
 
 
 def _cell(value: object) -> str:
     return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _replace(path: Path, text: str) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """A file that becomes `path` once it is whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

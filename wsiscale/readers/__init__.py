@@ -32,8 +32,8 @@ def open_slide(
     TIFF tiles, "jpegtiff" then reads the pixels in its place, the same ones and faster. "jpegtiff-fast", only where it is asked
     for, also decodes JPEG tiles at a half, a quarter and an eighth, which is faster still and not quite the same.
 
-    Raises SlideError (NOT_FOUND, IS_DIRECTORY, EMPTY, NOT_A_SLIDE, NOT_RGB8, TOO_LARGE, UNSUPPORTED_COMPRESSION,
-    MISSING_EXTRA), OptionError.
+    Raises SlideError (NOT_FOUND, IS_DIRECTORY, EMPTY, NOT_A_SLIDE, NOT_RGB8, TOO_LARGE, HOSTILE_XML,
+    UNSUPPORTED_COMPRESSION, MISSING_EXTRA), OptionError.
     """
     if reader not in READERS:
         raise OptionError(f"there is no reader {reader!r}; choose one of {', '.join(READERS)}", code="BAD_OPTION")

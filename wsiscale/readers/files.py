@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from wsiscale.calibration import calibrate
 from wsiscale.errors import OptionError, SlideError
 from wsiscale.geometry import nominal_downsamples
+from wsiscale.readers.tiffcheck import check_size, check_tiff
 from wsiscale.types import Calibration, Pyramid, ScaleTags, SlideSource
 
-# OpenSlide allocates whole tiles, and GLib aborts the process where that fails: a header can ask for a terabyte.
-MAX_TILE = 16_384
+MAX_LEVELS = 64  # halving a side of 2**32 px takes 32, and "jpegtiff-fast" adds its own in between
 
 # What pure Python parsers of image files raise on broken ones; none of them promises anything narrower.
 BROKEN_FILE = (
@@ -37,6 +37,7 @@ BROKEN_FILE = (
     OSError,
     RuntimeError,
     StopIteration,
+    SyntaxError,  # of XML
     TypeError,
     ValueError,
     struct.error,
@@ -57,6 +58,7 @@ class FileReader(ABC, Generic[_Handle]):
     """
 
     name: ClassVar[str]
+    reads: int  # windows that were asked for
     _handle: _Handle | None
     _lock: threading.RLock
     _pid: int
@@ -70,6 +72,7 @@ class FileReader(ABC, Generic[_Handle]):
         self._prepare(source)
         try:
             scan = self._describe(self._opened())
+            _check_shapes(file.name, scan.shapes)
         except BaseException:
             self.close()
             raise
@@ -98,6 +101,9 @@ class FileReader(ABC, Generic[_Handle]):
     def read(self, *, level: int, y: int, x: int, height: int, width: int) -> NDArray[np.uint8]:
         """Pixels of `level`, counted in that level's own pixels, white outside of the scan: (height, width, 3)."""
         check_window(self._pyramid, level=level, height=height, width=width, name=self._source.name)
+        self._notice_fork()
+        with self._lock:
+            self.reads += 1
         top, left, bottom, right = self._scanned(level)
         y0, y1 = max(y, top), min(y + height, bottom)
         x0, x1 = max(x, left), min(x + width, right)
@@ -147,16 +153,20 @@ class FileReader(ABC, Generic[_Handle]):
         self._handle = None
         self._pid = os.getpid()
         self._lock = threading.RLock()
+        self.reads = 0
 
     def _opened(self) -> _Handle:
-        if self._pid != os.getpid():
-            # Forked: the parent's handle shares its position in the file, and its lock may be held for ever.
-            self._lock, self._handle, self._pid = threading.RLock(), None, os.getpid()
+        self._notice_fork()
         with self._lock:
             handle = self._handle
             if handle is None:
                 handle = self._handle = self._open(str(self._source.path))
             return handle
+
+    def _notice_fork(self) -> None:
+        if self._pid != os.getpid():
+            # The parent's handle shares its position in the file, and its lock may be held for ever.
+            self._lock, self._handle, self._pid = threading.RLock(), None, os.getpid()
 
     def _scanned(self, level: int) -> tuple[int, int, int, int]:
         """(top, left, bottom, right) of the pixels of `level` that show any of the scan."""
@@ -215,27 +225,34 @@ def check_window(pyramid: Pyramid, *, level: int, height: int, width: int, name:
         raise OptionError(f"a window of {height} x {width} px makes no sense; give a height and a width of 0 or more")
 
 
+def _check_shapes(name: str, shapes: Sequence[tuple[int, int]]) -> None:
+    if not 0 < len(shapes) <= MAX_LEVELS:
+        raise SlideError(
+            f"{name} has {len(shapes)} levels, and a slide has 1 to {MAX_LEVELS}; its header is damaged or hostile",
+            code="TOO_LARGE" if shapes else None,
+        )
+    for number, (height, width) in enumerate(shapes):
+        if height < 1 or width < 1:
+            raise SlideError(f"{name} has a level {number} of {height} x {width} px; its header is damaged, copy it again")
+        check_size(name, height, width)
+
+
 def tiff_header(file: Path) -> TiffHeader | None:
     """What a TIFF says of itself, None for any other file.
 
-    Raises SlideError for what native code must not see or would silently destroy: tiles too large to allocate (that
-    aborts the process), broken headers, and pixels that are not 8-bit RGB (16-bit gray comes back with 16 grey values).
+    Raises SlideError for what native code must not see or would silently destroy: what `check_tiff` refuses, broken
+    headers, and pixels that are not 8-bit RGB (16-bit gray comes back with 16 grey values).
     """
     import tifffile  # here, because it takes longer to import than all of the package
 
     try:
-        with file.open("rb") as start:
-            magic = start.read(4)
+        if not check_tiff(file):
+            return None
     except OSError as error:
         raise SlideError(f"{file.name} cannot be read: {one_line(error)}; check its permissions", code="READ_FAILED") from error
-    if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return None
     try:
         with tifffile.TiffFile(file) as tiff:
             first = tiff.pages[0]
-            tile = max(
-                (int(page.tags.valueof(tag, 0)) for page in tiff.pages for tag in ("TileLength", "TileWidth")), default=0
-            )
             samples, extra = first.samplesperpixel, tuple(first.extrasamples)
             kind = f"{first.dtype} {first.photometric.name} with {samples} samples a pixel"
             colors = samples == 3 or (samples == 4 and extra in _ALPHA)
@@ -248,11 +265,6 @@ def tiff_header(file: Path) -> TiffHeader | None:
             )
     except BROKEN_FILE as error:
         raise SlideError(f"{file.name} has a broken TIFF header ({one_line(error)}); copy it again") from error
-    if tile > MAX_TILE:
-        raise SlideError(
-            f"{file.name} declares tiles {tile} px long, above the limit of {MAX_TILE}; its header is damaged or hostile",
-            code="TOO_LARGE",
-        )
     if not rgb:
         raise SlideError(
             f"{file.name} holds {kind}, and a slide here is 8-bit RGB; convert it on purpose, choosing channels and range",

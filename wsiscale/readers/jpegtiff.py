@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from wsiscale.errors import SlideError
 from wsiscale.geometry import nominal_downsamples
 from wsiscale.readers.files import BROKEN_FILE, FileReader, Scan, one_line, tiff_header
+from wsiscale.readers.tiffcheck import CODECS, check_frame
 from wsiscale.timing import timed
 
 # Decoded tiles that are kept: two rows of the widest level, so that a grid that cuts them decodes each once; no more bytes than
@@ -130,6 +131,8 @@ class _Grid:
     offsets: NDArray[np.int64]  # (tiles,) in the file
     sizes: NDArray[np.int64]  # (tiles,) bytes; 0 for one that was not scanned
     first: int  # of its tiles, among all of the file
+    jpeg: bool
+    compression: int
     reduced: int = 1  # how much coarser than in the file they are decoded
 
     def touching(self, y: int, x: int, height: int, width: int) -> Iterator[tuple[int, int, int]]:
@@ -165,9 +168,11 @@ class _Tiff:
                     offsets=np.array(page.dataoffsets, np.int64),
                     sizes=np.array(page.databytecounts, np.int64),
                     first=first,
+                    jpeg=int(page.compression) == _JPEG,
+                    compression=int(page.compression),
                 )
                 first += len(page.dataoffsets)
-                if int(page.compression) == _JPEG and all(side % 8 == 0 for side in self.grids[shape].tile):
+                if self.grids[shape].jpeg and all(side % 8 == 0 for side in self.grids[shape].tile):
                     rgb = page.photometric.name == "RGB" and not page.is_jfif
                     decoders |= {(shape, factor): partial(_decoded_coarser, factor=factor, rgb=rgb) for factor in reduced}
         for shape in ambiguous:
@@ -198,9 +203,13 @@ class _Tiff:
                 data = os.pread(self._file, size, int(grid.offsets[number]))
             if len(data) < size:
                 raise EOFError(f"the file ends {size - len(data)} bytes before the tile does")
+            if grid.jpeg and _END not in data[-64:]:
+                raise EOFError("its JPEG data ends early")  # of which libjpeg would make a tile that is grey from there on
+            height, width = (side * grid.reduced for side in grid.tile)
+            check_frame(data, height, width, compression=grid.compression)
             with timed("decode"):
-                decoded, _, shape = grid.decode(data, number, jpegtables=grid.tables)
-            pixels = decoded[0] if decoded.shape == shape else _padded(decoded[0], grid.tile)
+                decoded, *_ = grid.decode(data, number, jpegtables=grid.tables)
+            pixels = decoded[0] if decoded.shape[1:3] == grid.tile else _padded(decoded[0], grid.tile)
             (self._whole if whole else self._cut).put(key, pixels)
         return pixels
 
@@ -240,8 +249,6 @@ class _Recent:
 
 def _decoded_coarser(data: bytes, number: int, *, jpegtables: bytes | None, factor: int, rgb: bool) -> tuple[Any, int, Any]:
     """A JPEG tile at 1 / `factor` of its size, as tifffile's decoders give it: (1, h, w, 3), number, shape."""
-    if _END not in data[-64:]:
-        raise EOFError("its JPEG data ends early")  # of which OpenCV would make a grey tile
     tables = b"" if jpegtables is None else jpegtables[2:-2]  # without their own start and end
     whole = data[:2] + (_ADOBE_RGB if rgb else b"") + tables + data[2:]
     # Where colour is halved in one direction alone, libjpeg would leave it at half of the coarser resolution, too.
@@ -276,7 +283,7 @@ def _pages(tiff: tifffile.TiffFile) -> Iterator[Any]:
 
 
 def _is_plain(page: Any) -> bool:
-    """Whether a page is a grid of 8-bit RGB tiles with a decoder."""
+    """Whether a page is a grid of 8-bit RGB tiles of a known codec."""
     return (
         page.is_tiled
         and page.samplesperpixel == 3
@@ -284,15 +291,8 @@ def _is_plain(page: Any) -> bool:
         and page.planarconfig == 1
         and page.imagedepth == page.tiledepth == 1
         and page.photometric.name in ("RGB", "YCBCR")
-        and _has_decoder(int(page.compression))
+        and int(page.compression) in CODECS
     )
-
-
-def _has_decoder(compression: int) -> bool:
-    try:
-        return compression == 1 or tifffile.TIFF.DECOMPRESSORS[compression] is not None
-    except KeyError:
-        return False
 
 
 def _padded(pixels: NDArray[np.uint8], tile: tuple[int, int]) -> NDArray[np.uint8]:

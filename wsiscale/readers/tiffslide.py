@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
 import tiffslide
 from numpy.typing import NDArray
 
@@ -26,6 +25,7 @@ from wsiscale.readers.files import (
     stated_bounds,
     tiff_header,
 )
+from wsiscale.readers.tiffcheck import CODECS, check_frame
 from wsiscale.timing import timed
 from wsiscale.types import ScaleTags
 
@@ -39,13 +39,11 @@ class TiffSlideReader(FileReader[tiffslide.TiffSlide]):
         header = tiff_header(Path(path))
         if header is None:
             raise SlideError(f"{self._source.name}: TiffSlide does not open it (not a TIFF file)")
-        try:
-            tifffile.TIFF.DECOMPRESSORS[header.compression]
-        except KeyError as error:
+        if header.compression not in CODECS:
             raise SlideError(
                 f"{self._source.name}: TiffSlide does not decode TIFF compression {header.compression}; store it as JPEG",
                 code="UNSUPPORTED_COMPRESSION",
-            ) from error
+            )
         try:
             handle = tiffslide.TiffSlide(path)
         except BROKEN_FILE as error:
@@ -58,7 +56,9 @@ class TiffSlideReader(FileReader[tiffslide.TiffSlide]):
                 raise SlideError(f"{self._source.name} has the axes {axes}, and a slide here is 8-bit RGB", code="NOT_RGB8")
             for series in handle.ts_tifffile.series:
                 for level in series.levels:
-                    level.keyframe.nodata = 255  # a tile without bytes was not scanned; tifffile would make it black
+                    page = level.keyframe
+                    page.nodata = 255  # a tile without bytes was not scanned; tifffile would make it black
+                    page.decode = _checked(page)
         except BROKEN_FILE as error:
             handle.close()
             raise self._refused(error) from error
@@ -95,6 +95,21 @@ class TiffSlideReader(FileReader[tiffslide.TiffSlide]):
 
     def _release(self, handle: tiffslide.TiffSlide) -> None:
         handle.close()
+
+
+def _checked(page: Any) -> Callable[..., Any]:
+    """The decoder of a page's tiles or strips, which looks at what they say of themselves first."""
+    decode = page.decode
+    height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+
+    def checked(data: bytes | None, *args: Any, **kwargs: Any) -> Any:
+        if int(page.compression) not in CODECS:
+            raise ValueError(f"its compression {int(page.compression)} is none that slides have")
+        if data is not None:
+            check_frame(data, height, width, compression=int(page.compression))
+        return decode(data, *args, **kwargs)
+
+    return checked
 
 
 def _location(pixel: int, downsample: float) -> int:
