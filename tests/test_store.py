@@ -26,7 +26,7 @@ import zarr
 from numpy.typing import NDArray
 from skimage.registration import phase_cross_correlation
 
-from wsiscale import store
+from wsiscale import publishing, store
 from wsiscale.errors import MppError, NoTissueError, OptionError, ScaleError, SlideError, StoreError, WsiscaleError
 from wsiscale.readers import open_slide
 from wsiscale.readers.array import ArrayReader
@@ -900,7 +900,7 @@ def test_at_no_moment_of_an_overwrite_is_there_no_store(slide: ArrayReader, tmp_
 def test_overwriting_works_where_the_system_cannot_swap_folders(
     slide: ArrayReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(publishing.ctypes, "CDLL", lambda _: object())
     path = tmp_path / "s.ome.zarr"
     for mpp in (1.0, 2.0):
         write_store(path, slide, mpp=mpp, tissue=tissue_at(slide), overwrite=True)

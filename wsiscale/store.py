@@ -8,16 +8,11 @@ rename publishes it: whoever finds the final name finds a complete store. docs/o
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,6 +40,7 @@ from wsiscale.geometry import (
     snapped_scale,
 )
 from wsiscale.places import tile_grid
+from wsiscale.publishing import MANIFEST, in_bytes, published, reserved
 from wsiscale.resample import KERNEL, halve
 from wsiscale.responses import SavedResponse
 from wsiscale.tissue import find_tissue
@@ -63,7 +59,6 @@ from wsiscale.versions import versions
 from wsiscale.views import cores, read_view
 
 SCHEMA = 1  # of the `wsiscale` attributes, the tile table and the manifest
-MANIFEST = "manifest.json"
 STATUS = {"ok": 0, "failed": 1, "no_pixels": 2}  # of a tile
 
 Ngff = Literal["0.5", "0.4"]
@@ -142,7 +137,7 @@ class StorePlan:
         )
         return (
             f"{self.path.name}: {_counted(self.tiles, 'tile')} of {self.grid.size} px {_at(self.scale, self.mpp)}, {pixels}; "
-            f"up to {_size(self.bytes)}, {_size(self.free)} free"
+            f"up to {in_bytes(self.bytes)}, {in_bytes(self.free)} free"
         )
 
 
@@ -170,7 +165,7 @@ class StoreSummary:
         damaged = f", {self.failed} of them damaged and left white" if self.failed else ""
         return (
             f"{self.path}: {_counted(self.tiles, 'tile')} {_at(self.scale, self.mpp)}{damaged}, "
-            f"{_counted(self.levels, 'level')}, {self.files} files, {_size(self.bytes)}, {self.seconds:.1f} s"
+            f"{_counted(self.levels, 'level')}, {self.files} files, {in_bytes(self.bytes)}, {self.seconds:.1f} s"
         )
 
     def as_record(self) -> dict[str, Any]:
@@ -286,7 +281,7 @@ def write_store(
         name: None if value is None else _plain_json(value) for name, value in (("estimate", estimate), ("made_of", made_of))
     }
     workers = _workers(threads)
-    with _published(final, overwrite=overwrite, durable=durable) as temporary:
+    with _growing(final, overwrite=overwrite, durable=durable) as temporary:
         plan = plan_store(
             final,
             slide,
@@ -304,7 +299,7 @@ def write_store(
         )
         if plan.free < plan.bytes:
             raise StoreError(
-                f"{final} needs up to {_size(plan.bytes)} and {_size(plan.free)} are free; make room, choose a coarser "
+                f"{final} needs up to {in_bytes(plan.bytes)} and {in_bytes(plan.free)} are free; make room, choose a coarser "
                 "magnification, or write the tile table alone (--pixels none)",
                 code="NO_SPACE",
             )
@@ -337,7 +332,7 @@ def write_store(
 
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Raises StoreError where nothing could be written at `path` now: for callers with long work to do before."""
-    with _reserved(Path(os.path.abspath(path)), overwrite=overwrite):
+    with reserved(Path(os.path.abspath(path)), overwrite=overwrite):
         pass
 
 
@@ -490,7 +485,7 @@ def write_stack(
     final = Path(os.path.abspath(path))
     workers = _workers(threads)
     count, scales, height, width, channels = (int(n) for n in stack.images.shape)
-    with _published(final, overwrite=overwrite) as temporary:
+    with _growing(final, overwrite=overwrite) as temporary:
         root = zarr.open_group(temporary, mode="w-", zarr_format=3)
         images = root.create_array(
             "images",
@@ -539,7 +534,7 @@ def write_stack(
 def write_response(path: str | os.PathLike[str], saved: SavedResponse, *, overwrite: bool = False) -> Path:
     """What a network answered, as zarr v3, whole or not at all; `read_response` gives it back. Raises StoreError."""
     final = Path(os.path.abspath(path))
-    with _published(final, overwrite=overwrite) as temporary:
+    with _growing(final, overwrite=overwrite) as temporary:
         root = zarr.open_group(temporary, mode="w-", zarr_format=3)
         _write_column(root, "centers", saved.centers, ["place", "yx"])
         _write_answers(root.create_group("response"), saved.response)
@@ -1192,29 +1187,15 @@ def _group(group: zarr.Group, name: str) -> zarr.Group:
     return found
 
 
-# Publication
-
-
 @contextmanager
-def _published(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path` for a folder that becomes `path` in one rename at the end, or is removed."""
-    with _reserved(path, overwrite=overwrite):
-        temporary = _sibling(path, "partial")
+def _growing(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator[Path]:
+    """The folder to write to, which becomes `path` at the end; after an error it goes once nothing is written any more."""
+    with published(path, overwrite=overwrite, durable=durable) as temporary:
         try:
             yield temporary
-            if durable:
-                _to_disk(*temporary.rglob("*"), temporary)
-            if overwrite and path.exists():
-                _exchange(temporary, path)
-            else:
-                os.rename(temporary, path)
-            if durable:
-                _to_disk(path.parent)
         except BaseException:
             _let_zarr_finish()
             raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # after an exchange that is the older store
 
 
 def _let_zarr_finish() -> None:
@@ -1235,104 +1216,6 @@ def _let_zarr_finish() -> None:
     zarr.core.sync.sync(others_done())
 
 
-def _to_disk(*paths: Path) -> None:
-    """Files and folders out of the system's memory."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _reserved(path: Path, *, overwrite: bool) -> Iterator[None]:
-    """`path` for one writer. Of several processes one gets in; the others are told at once. Every OSError is a StoreError."""
-    try:
-        with _locked(path):
-            _collect_leftovers(path)
-            if os.path.lexists(path):
-                _check_replaceable(path, overwrite=overwrite)
-            yield
-    except OSError as error:
-        raise _os_error(path, error) from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The right to write `path`, for one process or thread at a time; the system takes it back when a process dies."""
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The file may be one that its last holder has just removed, and that a third process makes anew.
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                break
-        except BlockingIOError:
-            os.close(descriptor)
-            raise StoreError(f"{path} is being written by another process", code="LOCKED") from None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _sibling(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.{kind}")
-
-
-def _collect_leftovers(path: Path) -> None:
-    """Removes what killed processes left beside `path`, and gives back a store that one had set aside."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{8}}\.(partial|aside)")
-    for sibling in sorted(path.parent.iterdir()):
-        if not (match := ours.fullmatch(sibling.name)):
-            continue
-        if match[1] == "aside" and not path.exists():
-            os.rename(sibling, path)
-        else:
-            shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _check_replaceable(path: Path, *, overwrite: bool) -> None:
-    if path.is_symlink() or not path.is_dir():
-        raise StoreError(f"{path} is a file or a link; a store is a folder, choose another name", code="EXISTS")
-    if not overwrite:
-        raise StoreError(f"{path} exists; choose another name, or replace it with --overwrite", code="EXISTS")
-    if not any((path / name).exists() for name in (MANIFEST, "zarr.json", ".zgroup")):
-        raise StoreError(f"{path} is not a store, and so is not overwritten; choose another name", code="EXISTS")
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swaps two folders: in one step where the system can, else by renames with the older one set aside in between."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if renameat2 is not None and renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
-        return
-    aside = _sibling(old, "aside")
-    os.rename(old, aside)
-    try:
-        os.rename(new, old)
-    except OSError:
-        os.rename(aside, old)
-        raise
-    os.rename(aside, new)
-
-
-def _os_error(path: Path, error: OSError) -> StoreError:
-    why = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = _size(shutil.disk_usage(path.parent).free)
-        return StoreError(f"{path} was not finished, nothing is left of it: {why} ({free} free); make room", code="NO_SPACE")
-    if not path.parent.is_dir():
-        return StoreError(f"there is no folder {path.parent}; make it first", code="NOT_FOUND")
-    return StoreError(f"{path} cannot be written: {why}", code="NOT_WRITABLE")
-
-
 def _workers(threads: int | None) -> int:
     if threads is None:
         return cores()
@@ -1347,7 +1230,3 @@ def _at(scale: float, mpp: float | None) -> str:
 
 def _counted(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -15,11 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -58,6 +60,12 @@ log = logging.getLogger(__name__)
 # ("started" or "done", slide, its record); before that ("asked" or "answered", slide, None) of slides for a profile
 Told = Callable[[str, SlideSpec, dict[str, Any] | None], None]
 
+# dask takes 10 ms to send a task. Slides that are over soon (done before, not found) are sent some at a time; of others no
+# more are out than there are workers.
+QUICK, QUICK_AHEAD = 0.25, 8  # s, tasks a worker
+LOGGED = 100  # tasks
+STARTING = 120  # s that a process of its own may take before it begins with its slide
+TIMED_OUT = "Timeout ("  # what faulthandler says first
 LEAST_FREE = 100_000_000  # bytes; each store asks for what it needs itself
 
 
@@ -86,6 +94,9 @@ def run_cohort(
     options = RunOptions() if options is None else options
     folder = Path(os.path.abspath(out))
     check_writable(folder)
+    for partial in folder.glob("slides/*.partial"):  # of a process that was killed, unless somebody is at it now
+        if time.time() - partial.stat().st_mtime > STARTING:
+            partial.unlink(missing_ok=True)
     started = time.perf_counter()
     locked: dict[str, dict[str, Any]] = {}  # by others, who will write these slides' records
     by_profile: str | None = None
@@ -136,9 +147,12 @@ def alone(spec: SlideSpec, options: RunOptions, out: Path) -> dict[str, Any]:
             input=asked,
             capture_output=True,
             text=True,
-            timeout=options.time_limit,
+            timeout=options.time_limit + STARTING,  # in which it ends itself
         )
+        too_long = done.stderr.startswith(TIMED_OUT) or f"\n{TIMED_OUT}" in done.stderr
     except subprocess.TimeoutExpired:
+        too_long = True
+    if too_long:
         record |= {"status": "failed", "code": "TIMEOUT", "message": f"not done in {options.time_limit:g} s (--time-limit)"}
     else:
         if done.returncode == 0:
@@ -158,8 +172,7 @@ def _with_profile(
         return options, None
     if options.profile == "cohort" and not options.trust_tag:
         raise OptionError("a cohort's own profile rests on its tags; give either --profile cohort or --no-trust-tag")
-    where = {"resources": {"GPU": 1}} if _slots(client)[0] else {}
-    found = client.submit(profile_to_use, asdict(options), str(out), pure=False, **where).result()
+    found = _asked(client, profile_to_use, asdict(options), str(out))
     if found == "auto":
         return replace(options, profile="auto"), "the one in the network's card"
     if found is not None:
@@ -169,13 +182,22 @@ def _with_profile(
     if whole and options.trust_tag and len(specs) >= FEWEST:
         references, left_out = _references(client, candidates(specs)[: 4 * REFERENCES], out, options, told)
     if len(references) >= FEWEST:
-        said = client.submit(make_cohort_profile, references, asdict(options), str(out), pure=False, **where).result()
+        said = _asked(client, make_cohort_profile, references, asdict(options), str(out))
         return replace(options, profile=str(profile_path(out))), f"{profile_path(out).name}, of this cohort: {said}"
     why = "; ".join(f"{count} x {reason}" for reason, count in left_out.most_common(3))
     few = f"{len(references)} slides of the cohort may be references, and {FEWEST} are needed" + (f" ({why})" if why else "")
     if options.profile == "cohort":
         raise OptionError(f"no profile can be made: {few if whole else 'this is a part of the cohort; run it whole once'}")
     return replace(options, profile=None), f"none: the network's card has none, and {few}" if whole else None
+
+
+def _asked(client: Client, work: Callable[..., Any], *asked: Any) -> Any:
+    """What `work` answers on a worker, of which one may be lost while it is asked, and a second."""
+    where = {"resources": {"GPU": 1}} if _slots(client)[0] else {}
+    for _ in range(2):
+        with suppress(KilledWorker):
+            return client.submit(work, *asked, pure=False, **where).result()
+    return client.submit(work, *asked, pure=False, **where).result()
 
 
 def _references(
@@ -227,24 +249,25 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
     elsewhere = {"workers": free_of_gpus, "allow_other_workers": True} if gpus and free_of_gpus else {}
     to_estimate = deque(specs)
     to_write: deque[tuple[SlideSpec, dict[str, Any]]] = deque()
-    running: dict[Future, tuple[SlideSpec, bool]] = {}  # on a GPU
+    running: dict[Future, tuple[SlideSpec, bool, float]] = {}  # on a GPU; since when
+    ahead = 1
     poisonous: list[SlideSpec] = []
     limit = options.time_limit
     finished: SimpleQueue[Future] = SimpleQueue()
 
     def submit(spec: SlideSpec, on_gpu: bool, work: Callable[..., dict[str, Any]], *more: Any, **where: Any) -> None:
         future = client.submit(_within, limit, work, asdict(spec), asdict(options), str(out), *more, pure=False, **where)
-        running[future] = (spec, on_gpu)
+        running[future] = (spec, on_gpu, time.monotonic())
         future.add_done_callback(finished.put)
 
     def fill() -> None:
-        busy = sum(on_gpu for _, on_gpu in running.values())
+        busy = sum(on_gpu for _, on_gpu, _ in running.values())
         while gpus and to_estimate and busy < gpus:
             spec = to_estimate.popleft()
             told("started", spec, None)
             submit(spec, True, estimate_slide, resources={"GPU": 1})
             busy += 1
-        free = slots - (len(running) - busy)
+        free = ahead * slots - (len(running) - busy)
         while free > 0 and (to_write or (to_estimate and not gpus)):
             if to_write:
                 spec, record = to_write.popleft()
@@ -255,27 +278,38 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
                 submit(spec, False, process_slide)
             free -= 1
 
+    def ended() -> list[tuple[SlideSpec, BaseException | None, dict[str, Any]]]:
+        """Slides whose task is over; their records in one message where there are several."""
+        nonlocal ahead
+        some = [finished.get()]
+        while not finished.empty():
+            some.append(finished.get())
+        sound = [future for future in some if future.status == "finished"]
+        records = dict(zip(sound, client.gather(sound), strict=True))
+        found = []
+        for future in some:
+            spec, _, submitted = running.pop(future)
+            ahead = QUICK_AHEAD if time.monotonic() - submitted < QUICK else 1
+            found.append((spec, None if future in records else future.exception(), records.get(future, {})))
+            future.release()
+        return found
+
     fill()
     try:
         while running:
-            future = finished.get()
-            spec, _ = running.pop(future)
-            error = future.exception()
-            if error is None:
-                record = future.result()
-                if record["status"] == "estimated":
+            for spec, error, record in ended():
+                if error is None and record["status"] == "estimated":
                     to_write.append((spec, record))
-                else:
+                elif error is None:
                     told("done", spec, record)
-            elif isinstance(error, KilledWorker):
-                poisonous.append(spec)
-            elif isinstance(error, OptionError):
-                raise error
-            else:
-                record = {**missing(spec), "status": "failed", "code": "CLUSTER", "message": str(error), "resumed": False}
-                write_record(out, record)
-                told("done", spec, record)
-            future.release()
+                elif isinstance(error, KilledWorker):
+                    poisonous.append(spec)
+                elif isinstance(error, OptionError):
+                    raise error
+                else:
+                    record = {**missing(spec), "status": "failed", "code": "CLUSTER", "message": str(error), "resumed": False}
+                    write_record(out, record)
+                    told("done", spec, record)
             fill()
     except BaseException:
         client.cancel(list(running), force=True)
@@ -283,14 +317,21 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
     return poisonous
 
 
+# Workers that are threads of one process work at one slide at a time: its network, clock and log are theirs together.
+_ONE = threading.Lock()
+
+
 def _within(limit: float, work: Callable[..., dict[str, Any]], *asked: Any) -> dict[str, Any]:
     """On a worker: `work`, or the worker's end when it takes longer than `limit` s, even inside of native code."""
     keep_memory()
-    faulthandler.dump_traceback_later(limit, exit=True)
-    try:
-        return work(*asked)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    import_module("wsiscale.estimation")  # which may take seconds, and is not the slide's fault
+
+    with _ONE:
+        faulthandler.dump_traceback_later(limit, exit=True)
+        try:
+            return work(*asked)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _by_median(specs: Sequence[SlideSpec], options: RunOptions, out: Path) -> None:
@@ -331,7 +372,11 @@ def _client(client: Client | str | None, workers: int) -> Iterator[Client]:
     for name in ("distributed", "distributed.scheduler", "distributed.nanny", "distributed.worker", "distributed.core"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own; what became of a slide is told
     # A worker that dies takes one slide with it, and that one is tried again elsewhere: not three times here.
-    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": False}
+    settings = {
+        "distributed.scheduler.allowed-failures": 0,
+        # What dask remembers of tasks that are over; nobody looks at it here.
+        "distributed.admin.low-level-log-length": LOGGED,
+    }
     env = {"OMP_NUM_THREADS": str(max(1, cores() // workers)), "OMP_WAIT_POLICY": "PASSIVE"}
     with (
         dask.config.set(settings),

@@ -7,6 +7,7 @@ and the same slide; there is no other book.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -471,6 +473,8 @@ def main() -> None:
     if options.memory_limit is not None:
         limit = round(options.memory_limit * 1e9)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    import_module("wsiscale.estimation")  # which may take seconds, and is not the slide's fault
+    faulthandler.dump_traceback_later(options.time_limit, exit=True)
     print(json.dumps(process_slide(asked["spec"], replace(options, threads=1), asked["out"])))  # noqa: T201
 
 
