@@ -32,7 +32,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three good slides, one without tissue, one without µm/px, one that is none."""
     folder = tmp_path_factory.mktemp("slides")
     for number in range(3):
-        image, _ = tissue(1024, 1024, mpp=0.5, seed=number)
+        image, _ = tissue(800, 800, mpp=0.5, seed=number)
         write_svs(folder / f"good {number}.svs", image, mpp=0.5, power=20, levels=(1, 4))
     write_svs(folder / "glass.svs", np.full((512, 512, 3), 240, np.uint8), mpp=0.5, power=20, levels=(1, 4))
     (folder / "junk.svs").write_bytes(b"not a slide " * 500)

@@ -377,6 +377,7 @@ def test_two_drivers_on_one_output_mix_nothing(races: int, planted: Path, undist
 # Real tissue on two clusters
 
 
+@slow
 def test_a_cluster_here_and_one_of_separate_processes_make_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "slides"
     folder.mkdir()
