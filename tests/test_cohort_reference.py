@@ -28,11 +28,14 @@ from wsiscale.testing.slides import write_svs
 BEST = 0.5  # µm/px: the network likes blobs 6 px wide, and on the slides they are 3 µm
 TRUE = (0.2, 0.25, 0.3, 0.2, 0.25, 0.4, 0.25, 0.3)
 NETWORK = """
+import os, signal
 import numpy as np
 from wsiscale.testing import planted_network
 def blobs():
     return planted_network(6.0)
 def everything(image):
+    if image[:4, :4].max() < 60:
+        os.kill(os.getpid(), signal.SIGSEGV)
     return np.ones(image.shape[:2], bool)
 """
 
@@ -184,6 +187,25 @@ def test_without_enough_tags_each_slide_has_its_own_curve_alone(
         run_cohort(specs, tmp_path / "few", asked, client=cluster)
     with pytest.raises(OptionError, match="rests on its tags"):
         run_cohort(specs, tmp_path / "few", RunOptions(**{**vars(asked), "trust_tag": False}), client=cluster)
+
+
+@pytest.mark.slow
+def test_a_slide_that_kills_its_worker_is_no_reference_and_costs_only_itself(
+    slides: Path, options: RunOptions, tmp_path: Path
+) -> None:
+    for seed in range(5):
+        shutil.copy(slides / f"right {seed}.svs", tmp_path)
+    poison = np.full((1000, 1000, 3), 200, np.uint8)
+    poison[:256, :256] = 20
+    write_svs(tmp_path / "poison.svs", poison, mpp=0.25, power=None, levels=(1,), quality=95)
+
+    summary = run_cohort(read_cohort(tmp_path), tmp_path / "out", options, workers=2)
+
+    found = rows(tmp_path / "out")
+    assert (found["poison"]["status"], found["poison"]["code"]) == ("killed", "SIGSEGV")
+    assert summary.profile is not None
+    assert "profile of 5 slides" in summary.profile
+    assert {row["status"] for name, row in found.items() if name != "poison"} == {"ok"}
 
 
 def test_what_dooms_every_slide_is_said_before_the_first(slides: Path, cluster: Client, tmp_path: Path) -> None:

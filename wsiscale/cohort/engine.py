@@ -223,6 +223,10 @@ def _references(
                     answers[spec.id] = running[spec.id].result()
                 except KilledWorker:
                     answers[spec.id] = {"why": "its worker died"}
+                except OptionError:
+                    raise
+                except Exception as error:  # noqa: BLE001  the slide's own misfortune, which its own turn will name
+                    answers[spec.id] = {"why": type(error).__name__}
                 told("answered", spec, None)
         references += [answers[spec.id] for spec in some if answers[spec.id]["why"] is None]
         left_out.update(answer["why"] for answer in answers.values() if answer["why"] is not None)
