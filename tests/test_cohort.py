@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
@@ -215,3 +216,24 @@ def test_what_a_record_holds_is_plain_and_names_no_folder(slides: Path, tmp_path
     assert (record["status"], record["code"]) == ("bad_input", "NOT_A_SLIDE")
     gone = process_slide(SlideSpec("gone", str(tmp_path / "gone.svs")), QUICK, tmp_path)
     assert (gone["status"], gone["code"]) == ("bad_input", "NOT_FOUND")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_has_lost_all_its_workers_gets_new_ones(slides: Path, tmp_path: Path) -> None:
+    # A nanny gives a worker up that is killed while it starts. The run used to wait for ever for the last one.
+    ended: list[bool] = []
+
+    def given_up(event: str, spec: SlideSpec, record: dict[str, Any] | None) -> None:
+        if event == "started" and not ended:
+            (made,) = (
+                made for made in SpecCluster._instances if isinstance(made, LocalCluster) and made.scheduler_info["workers"]
+            )
+            for nanny in made.workers.values():
+                made.sync(nanny.close)
+            ended.append(True)
+
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"}):
+        summary = run_cohort(read_cohort(slides), tmp_path, QUICK, workers=1, told=given_up)
+
+    assert ended
+    assert summary.counts == {"ok": 3, "no_tissue": 1, "bad_input": 1}

@@ -208,6 +208,8 @@ def some_cluster(allowed: int) -> Iterator[tuple[str, Client]]:
         ) as made,
         Client(made, set_as_default=False) as client,
     ):
+        # A worker that is killed while it starts is given up by its nanny: a cluster of workers that come again, as of SLURM.
+        made.adapt(minimum=2, maximum=2, interval="1s")
         yield made.scheduler_address, client
 
 

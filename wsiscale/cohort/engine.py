@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import dask
@@ -57,6 +57,8 @@ from wsiscale.views import cores
 
 log = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
+
 # ("started" or "done", slide, its record); before that ("asked" or "answered", slide, None) of slides for a profile
 Told = Callable[[str, SlideSpec, dict[str, Any] | None], None]
 
@@ -66,6 +68,7 @@ QUICK, QUICK_AHEAD = 0.25, 8  # s, tasks a worker
 LOGGED = 100  # tasks
 STARTING = 120  # s that a process of its own may take before it begins with its slide
 TIMED_OUT = "Timeout ("  # what faulthandler says first
+SILENCE = 60  # s without news, after which the cluster is looked at
 LEAST_FREE = 100_000_000  # bytes; each store asks for what it needs itself
 
 
@@ -285,7 +288,7 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
     def ended() -> list[tuple[SlideSpec, BaseException | None, dict[str, Any]]]:
         """Slides whose task is over; their records in one message where there are several."""
         nonlocal ahead
-        some = [finished.get()]
+        some = [_patiently(finished, client)]
         while not finished.empty():
             some.append(finished.get())
         sound = [future for future in some if future.status == "finished"]
@@ -319,6 +322,16 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
         client.cancel(list(running), force=True)
         raise
     return poisonous
+
+
+def _patiently(finished: SimpleQueue[Future], client: Client) -> Future:
+    """The next task that is over. A cluster of somebody else's may get new workers at any time, and is waited for."""
+    while True:
+        try:
+            return finished.get(timeout=SILENCE)
+        except Empty:
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                logger.warning("the cluster has no workers left; waiting for new ones (Ctrl-C ends, and a rerun goes on)")
 
 
 # Workers that are threads of one process work at one slide at a time: its network, clock and log are theirs together.
@@ -395,6 +408,8 @@ def _client(client: Client | str | None, workers: int) -> Iterator[Client]:
         ) as cluster,
         Client(cluster, set_as_default=False) as connected,
     ):
+        # A worker that is killed while it starts is given up by its nanny, and the last one would be waited for for ever.
+        cluster.adapt(minimum=workers, maximum=workers, interval="5s")
         yield connected
 
 
