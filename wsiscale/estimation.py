@@ -6,9 +6,9 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,24 +18,21 @@ from wsiscale.criteria import (
     default_criterion,
     find_criterion,
 )
-from wsiscale.errors import ModelError, NoTissueError, OptionError, ScaleError, SlideError, StoreError
+from wsiscale.errors import ModelError, NoTissueError, OptionError, ScaleError, StoreError
 from wsiscale.geometry import level_for, mpp_error, scale_grid
 from wsiscale.judging import FINEST, abstain, judged, named
 from wsiscale.places import default_places, sample_places
 from wsiscale.profile import (
-    MIN_OVERLAP,
-    STEP,
     Profile,
     Registration,
     load_profile,
     profile_digest,
     profile_of,
-    refusal,
-    register,
     registration_of,
     registration_record,
     settle,
 )
+from wsiscale.registration import around_damage, calibrated, registered
 from wsiscale.responses import SavedResponse
 from wsiscale.search import STRUCTURE_VIEW, Judged, Searched, adaptive, full_grid
 from wsiscale.stacks import scale_stack
@@ -43,14 +40,10 @@ from wsiscale.tissue import TissueDetector, find_tissue
 from wsiscale.training_tiles import referring
 from wsiscale.types import (
     Abstention,
-    Calibration,
-    Pyramid,
     Reader,
     ScaleEstimate,
     ScaleResponse,
     ScaleStack,
-    SlideSource,
-    Tissue,
 )
 from wsiscale.versions import versions
 
@@ -64,10 +57,6 @@ SCALE_RANGE = (1.0, 16.0)  # where the slide's µm/px is unknown: four octaves f
 PER_OCTAVE = 8
 PRECISION = 0.1  # octaves
 
-# What a slide is asked to be registered to a profile: from level 0 on, whatever its tag says.
-REGISTRATION_SHARE = 3 / 8  # of the places that a network of its tile size is asked about
-REGISTRATION_COARSEST = 16.0  # level-0 px per px
-LEAST_READABLE = 0.5  # of the places, on a damaged slide
 # A slide that does not look like the profile's slides, or cannot be compared with them, is none that the profile knows of.
 UNKNOWN_TO_PROFILE = ("unlike_bank", "flat", "too_few_places", "too_few_scales")
 
@@ -150,10 +139,10 @@ def estimate(
             registration = _kept_registration(saved, known)
             said += () if registration else ("the kept answers were not registered to this profile, which has no say",)
         else:
-            registration, asked = _registered(
+            registration, asked = registered(
                 slide, loaded, known, tissue, seed=seed, device=device, batch_size=batch_size, progress=progress
             )
-    slide = _calibrated(slide, registration, trust_tag=trust_tag)
+    slide = calibrated(slide, registration, trust_tag=trust_tag)
     lo, hi, notes = range_on(slide, mpp_range, scale_range, size=size, max_upsample=max_upsample)
     about: dict[str, Any] = {
         "slide": slide.source.name,
@@ -219,7 +208,7 @@ def estimate(
             refine = rule.pointwise and rule.decide is None
             return adaptive(partial(ask, centers), judge, scales, precision=precision, refine=refine, **how)
 
-        found, centers, damage = _around_damage(searched, partial(stacked, scales=scales), centers)
+        found, centers, damage = around_damage(searched, partial(stacked, scales=scales), centers)
         about["notes"] += damage
     if keep is not None:
         from wsiscale.store import write_response
@@ -277,119 +266,10 @@ def _profile_for(
     return (found, ()) if unfit is None else (None, (f"the network's profile has no say: {unfit}",))
 
 
-def _registered(
-    slide: Reader,
-    network: Network,
-    profile: Profile,
-    tissue: Tissue,
-    *,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-    **how: Any,
-) -> tuple[Registration, int]:
-    """The slide's µm/px against `profile`, and how many tiles that took. The tag is not looked at, but for the record."""
-    from wsiscale.analyzer import respond
-
-    claimed = slide.pyramid.mpp
-    _, _, height, width = slide.pyramid.scanned
-    coarsest = min(REGISTRATION_COARSEST, min(height, width) / network.tile_size)
-    octaves = (MIN_OVERLAP - 1) * STEP
-    if coarsest < 2**octaves:
-        return refusal("too_few_scales", f"the slide is too small; {octaves:g} octaves are needed", claimed=claimed), 0
-    count = round(REGISTRATION_SHARE * default_places(network.tile_size))
-    centers = sample_places(tissue, count, seed=seed, field=network.tile_size * coarsest)
-    scales = np.exp2(STEP * np.arange(int(np.log2(coarsest) / STEP + 1e-6) + 1))
-    stacked = partial(scale_stack, slide, scales=scales, size=network.tile_size)
-
-    def answered(centers: NDArray[np.float64]) -> ScaleResponse:
-        return respond(network, stacked(centers), layers="stages", progress=progress, **how)
-
-    try:
-        response, centers, _ = _around_damage(answered, stacked, centers)
-    except SlideError as error:
-        if error.code != "READ_FAILED":
-            raise
-        return refusal("too_few_places", f"the slide is damaged at most of them: {error}", claimed=claimed), 0
-    found = register(profile, replace(response, slide_mpp=None), seed=seed)
-    return replace(found, claimed=claimed), len(centers) * len(scales)
-
-
-def _around_damage(
-    work: Callable[[NDArray[np.float64]], T], stacked: Callable[[NDArray[np.float64]], ScaleStack], centers: NDArray[np.float64]
-) -> tuple[T, NDArray[np.float64], tuple[str, ...]]:
-    """`work` at the places that can be read, those places, and a note where they are not all.
-
-    The tiles are looked through only once one of them has failed. Raises that SlideError where fewer than half are whole.
-    """
-    try:
-        return work(centers), centers, ()
-    except SlideError as error:
-        if error.code != "READ_FAILED":
-            raise
-        stack = stacked(centers)
-        whole = np.array([_is_readable(stack, place) for place in range(len(centers))])
-        if whole.mean() < LEAST_READABLE:
-            raise
-    note = f"the slide is damaged at {(~whole).sum()} of {len(whole)} places, which are left out"
-    return work(centers[whole]), centers[whole], (note,)
-
-
-def _is_readable(stack: ScaleStack, place: int) -> bool:
-    try:
-        stack.images[place].compute(scheduler="synchronous")
-    except SlideError:
-        return False
-    return True
-
-
 def _kept_registration(saved: SavedResponse, profile: Profile) -> Registration | None:
     """The registration that was kept with the answers, if it was to this profile."""
     record = saved.about.get("registration")
     return registration_of(record) if record is not None and record["profile"] == profile_digest(profile) else None
-
-
-def _calibrated(slide: Reader, registration: Registration | None, *, trust_tag: bool) -> Reader:
-    """The slide with the µm/px to go by: its tag's where that is trusted, else what its tissue says, if anything."""
-    tag = slide.calibration
-    if trust_tag and slide.pyramid.mpp is not None:
-        return slide
-    if registration is not None and registration.mpp is not None and registration.ci90 is not None:
-        low, high = registration.ci90
-        detail = f"{registration.mpp:.3g} µm/px ({low:.3g} to {high:.3g}) by the tissue, registered to the network's profile"
-        found = replace(tag, mpp=registration.mpp, source="estimated", verdict="trusted", reasons=("registered",))
-        return _Recalibrated(slide, replace(found, detail=detail))
-    if slide.pyramid.mpp is None:
-        return slide
-    distrusted = replace(tag, mpp=None, source="none", verdict="missing", detail="the tag is not to be trusted")
-    return _Recalibrated(slide, distrusted)
-
-
-@dataclass(frozen=True)
-class _Recalibrated:
-    """A slide with another calibration than its file's."""
-
-    slide: Reader
-    calibration: Calibration
-
-    @property
-    def pyramid(self) -> Pyramid:
-        return replace(self.slide.pyramid, mpp=self.calibration.mpp)
-
-    @property
-    def source(self) -> SlideSource:
-        return self.slide.source
-
-    def read(self, *, level: int, y: int, x: int, height: int, width: int) -> NDArray[np.uint8]:
-        return self.slide.read(level=level, y=y, x=x, height=height, width=width)
-
-    def close(self) -> None:
-        self.slide.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.close()
 
 
 def _settled(own: ScaleEstimate, profile: Profile, registration: Registration, lo: float, hi: float) -> ScaleEstimate:

@@ -308,7 +308,7 @@ def settle(
     from the profile than `CONFLICT` joint standard deviations has no say, an abstaining one neither.
     """
     notes: list[str] = []
-    level0, level0_sd = registration.mpp, 0.0 if registration.ci90 is None else _deviation(registration.ci90)
+    level0, level0_sd = registration.mpp, 0.0 if registration.ci90 is None else deviation(registration.ci90)
     if trust_tag and registration.claimed is not None:
         if registration.mpp is not None and registration.ci90 is not None:
             low, high = registration.ci90
@@ -320,10 +320,10 @@ def settle(
         notes.append(f"the slide could not be registered: {registration.refused.detail}")
     ours = None
     if own is not None and own.scale is not None and own.ci90 is not None:
-        ours = (float(np.log2(own.scale)), float(np.hypot(_deviation(own.ci90), profile.spread)))
+        ours = (float(np.log2(own.scale)), float(np.hypot(deviation(own.ci90), profile.spread)))
     theirs = None
     if level0 is not None and profile.optimum is not None and profile.ci90 is not None:
-        theirs = (float(np.log2(profile.optimum / level0)), float(np.hypot(_deviation(profile.ci90), level0_sd)))
+        theirs = (float(np.log2(profile.optimum / level0)), float(np.hypot(deviation(profile.ci90), level0_sd)))
     if ours is not None and theirs is not None and abs(ours[0] - theirs[0]) > CONFLICT * np.hypot(ours[1], theirs[1]):
         notes.append(
             f"the slide's own curve peaks {ours[0] - theirs[0]:+.1f} octaves from the network's optimum, and was left out"
@@ -353,9 +353,14 @@ def beyond(mpp: float, ci90: tuple[float, float]) -> float:
     return max(0.0, float(np.log2(ci90[0] / mpp)), float(np.log2(mpp / ci90[1])))
 
 
-def _deviation(ci90: tuple[float, float]) -> float:
+def deviation(ci90: tuple[float, float]) -> float:
     """The standard deviation in octaves that a 90 % interval stands for."""
     return max(float(np.log2(ci90[1] / ci90[0])) / (2 * _NORMAL_90), _SMALLEST)
+
+
+def interval(mpp: float, sd: float) -> tuple[float, float]:
+    """The 90 % interval around `mpp` that a standard deviation in octaves stands for."""
+    return (mpp * 2 ** (-_NORMAL_90 * sd), mpp * 2 ** (_NORMAL_90 * sd))
 
 
 # --- in the card --------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from benchmarks.recovery.cases import Case, Half, MissingDataError, Oracle, Setting, cut_oracle
 from benchmarks.recovery.tables import markdown
 from wsiscale.errors import OptionError
-from wsiscale.estimation import REGISTRATION_SHARE, _settled
+from wsiscale.estimation import _settled
 from wsiscale.judging import estimate_response
 from wsiscale.plugins import load_object
 from wsiscale.profile import Profile, Registration, make_profile, register
+from wsiscale.registration import REGISTRATION_SHARE
 from wsiscale.responses import at_scales
 from wsiscale.types import ScaleEstimate, ScaleResponse
 
