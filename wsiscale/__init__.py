@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from wsiscale.analyzer import respond as respond
     from wsiscale.criteria import CRITERIA as CRITERIA
     from wsiscale.criteria import Criterion as Criterion
+    from wsiscale.cutting import cut_network as cut_network
     from wsiscale.errors import WsiscaleError as WsiscaleError
     from wsiscale.estimation import estimate as estimate
     from wsiscale.judging import estimate_response as estimate_response
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from wsiscale.networks import load_network as load_network
     from wsiscale.places import sample_places as sample_places
     from wsiscale.places import tile_grid as tile_grid
+    from wsiscale.probe import Probe as Probe
+    from wsiscale.probe import probe_slides as probe_slides
     from wsiscale.profile import Profile as Profile
     from wsiscale.readers import ArrayReader as ArrayReader
     from wsiscale.readers import open_slide as open_slide
@@ -40,11 +43,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "analyzer": ("respond",),
     "criteria": ("CRITERIA", "Criterion"),
+    "cutting": ("cut_network",),
     "errors": ("WsiscaleError",),
     "estimation": ("estimate",),
     "judging": ("estimate_response",),
     "networks": ("Network", "load_network"),
     "places": ("sample_places", "tile_grid"),
+    "probe": ("Probe", "probe_slides"),
     "profile": ("Profile",),
     "readers": ("ArrayReader", "open_slide"),
     "reference_slides": ("profile_slides",),

@@ -76,8 +76,9 @@ def respond(
     `agreement` with a turned view is one minus the total variation distance of the two softmaxes, mean over pixels mapped
     back to the plain frame.
     `layers` is "auto" (stages and BatchNorm inputs, or the card's), "stages", "batchnorm" (every k-th, so that no more than
-    `MOST_BATCHNORM` are watched), "none", or names as in named_modules(); a BatchNorm is watched at its input, everything else
-    at its output. Values that are not finite stay so.
+    `MOST_BATCHNORM` are watched), "every" (all that have something of their own to say), "none", or names as in
+    named_modules(), `name@0` for the first of several passes; a BatchNorm is watched at its input, everything else at its
+    output. Values that are not finite stay so.
     `progress` hears of (done, total) tiles, views counted. Raises ModelError before the first tile is read where the network
     cannot take them. The module stays on `device`.
     """

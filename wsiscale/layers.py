@@ -28,9 +28,12 @@ OutputKind = Literal["classification", "segmentation", "features"]
 
 # Layers of a deep network tell much the same; all 121 of a DenseNet would be gigabytes of response.
 MOST_BATCHNORM = 24
+_DRY = 2  # tiles of the dry run
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# An activation in place gives the tensor that it got, too, but changed.
+_HANDING_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class _Call:
     count: int  # 0 for the module's first pass
     shape: tuple[int, ...] | None  # of the output; None where that is not one tensor
     axis: int  # of the output's channels
+    repeats: bool  # it hands on what the call before it made: a container its last layer's, an identity, dropout
     inputs: int  # channels of the input of a linear layer or convolution, else 0
     pooled: Tensor | None  # (B, C) the output's mean over positions, of linear layers and convolutions
 
@@ -126,13 +130,14 @@ def _dry_run(network: Network, height: int, width: int) -> tuple[list[_Call], Te
     calls: list[_Call] = []
     counts: Counter[str] = Counter()
     made, usual = 0, 1  # channels of the last layer that says how many it makes, and the axis where its kind has them
+    previous: object = None
 
     def before(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         given = first_tensor(args, kwargs)
         running.append((name, layer, None if given is None else tuple(given.shape)))
 
     def after(name: str, layer: nn.Module, _: Any, result: Any) -> None:
-        nonlocal made, usual
+        nonlocal made, usual, previous
         given = running.pop()[2]
         made, usual = _channels_made(layer) or (made, usual)
         shape = tuple(result.shape) if isinstance(result, Tensor) and result.ndim > 1 else None
@@ -145,13 +150,15 @@ def _dry_run(network: Network, height: int, width: int) -> tuple[list[_Call], Te
                 count=counts[name],
                 shape=shape,
                 axis=axis,
+                repeats=result is previous and (isinstance(layer, _HANDING_ON) or next(layer.children(), None) is not None),
                 inputs=given[usual] if linear and given is not None else 0,
                 pooled=spatial_mean(result, axis) if linear else None,
             )
         )
         counts[name] += 1
+        previous = result
 
-    noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (_DRY, height, width, 3), np.uint8)
     module = network.module
     handles: list[RemovableHandle] = []
     for name, layer in module.named_modules():
@@ -258,21 +265,24 @@ def _taps(network: Network, calls: list[_Call], stages: list[_Call], layers: str
     if layers in ("auto", "stages") and network.layers is not None:
         layers = network.layers
     if isinstance(layers, str):
-        if layers not in ("auto", "none", "stages", "batchnorm"):
-            raise OptionError(f"layers is {layers!r}; give auto, none, stages, batchnorm or a list of names")
+        if layers not in ("auto", "none", "stages", "batchnorm", "every"):
+            raise OptionError(f"layers is {layers!r}; give auto, none, stages, batchnorm, every or a list of names")
         chosen = stages if layers in ("auto", "stages") else []
         norms = [call for call in last.values() if _is_batchnorm(call.layer)] if layers in ("auto", "batchnorm") else []
         norms = norms[:: -(-len(norms) // MOST_BATCHNORM)] if layers == "batchnorm" and norms else norms
-        wanted = {(call.module, call.count) for call in [*chosen, *norms]}
+        every = [call for call in calls if _says_something_new(call)] if layers == "every" else []
+        wanted = {(call.module, call.count) for call in [*chosen, *norms, *every]}
     else:
         names = dict(network.module.named_modules())
-        for name in layers:
+        wanted = set()
+        for each in layers:
+            name, _, count = each.partition("@")  # an earlier pass through the same module
             if name not in names:
                 near = ", ".join(difflib.get_close_matches(name, names, 3))
                 raise ModelError(f"{network.name} has no layer {name!r}" + (f"; near it are {near}" if near else ""))
             if name not in last or last[name].shape is None:
                 raise ModelError(f"{network.name}'s layer {name!r} is not run or gives no one tensor; watch one inside it")
-        wanted = {(name, last[name].count) for name in layers}
+            wanted.add((name, int(count) if count.isdecimal() else last[name].count))
     taps = []
     for call in calls:
         if (call.module, call.count) in wanted:
@@ -284,6 +294,13 @@ def _taps(network: Network, calls: list[_Call], stages: list[_Call], layers: str
             else:
                 taps.append(Tap(name, call.module, call.count, False, call.axis, call.shape[call.axis]))
     return tuple(taps)
+
+
+def _says_something_new(call: _Call) -> bool:
+    """Whether its pooled output is not another's: BatchNorm's is its input's in other units, a container's its last layer's."""
+    same = call.repeats or _is_batchnorm(call.layer) or isinstance(call.layer, nn.Flatten)
+    # Windows of a tile, as shifted-window attention has them, are no tiles.
+    return call.module != "" and call.shape is not None and call.shape[0] == _DRY and not same
 
 
 def _is_batchnorm(layer: nn.Module) -> bool:

@@ -101,6 +101,7 @@ def load_network(
     """
     file = None if weights is None else Path(weights)
     module, known = _build(DEFAULT_CARD if spec is None else spec, weights=file, trust=trust_model)
+    _say_if_random(spec, file)
     if module is not spec and module is not getattr(spec, "module", None):
         # A factory hands over a fresh module in training mode; a module of the caller's stays as it is. Flags and not
         # module.eval(), which torch.export's modules refuse.
@@ -246,8 +247,6 @@ def _from_torchvision(
     # A segmenter would fetch its backbone's weights from the internet.
     own = {"weights": None, "weights_backbone": None, **given} if segments else {"weights": None, **given}
     module = _with_weights(partial(models.get_model, name, **own), weights, trust)
-    if weights is None:
-        log.warning("torchvision:%s has random weights, so that its answers mean nothing; give weights", name)
     return module, {
         "name": f"torchvision:{name}",
         "mean": _IMAGENET_MEAN,
@@ -271,8 +270,6 @@ def _from_timm(name: str, weights: Path | None, trust: bool, given: dict[str, An
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
         raise ModelError(f"timm has no model {name!r}" + (f"; near it are {near}" if near else ""))
     module = _with_weights(partial(timm.create_model, name, pretrained=False, **given), weights, trust)
-    if weights is None:
-        log.warning("timm:%s has random weights, so that its answers mean nothing; give weights", name)
     wanted: Any = module.pretrained_cfg
     return module, {"name": f"timm:{name}", "mean": wanted["mean"], "std": wanted["std"], "tile_size": wanted["input_size"][-1]}
 
@@ -293,6 +290,7 @@ def _from_card(path: Path, weights: Path | None, trust: bool) -> tuple[nn.Module
     factory = card.pop("factory")
     own = card.pop("weights", None)
     arguments = card.pop("arguments", {})
+    cut = card.pop("cut", None)
     if not isinstance(arguments, dict):
         raise ModelError(f"the card {path} has {arguments!r} as arguments; they are an object, by name")
     if weights is None and own is not None:
@@ -315,12 +313,31 @@ def _from_card(path: Path, weights: Path | None, trust: bool) -> tuple[nn.Module
         if "package" in card:
             import_torchvision()  # most packages of networks import it, and would stumble
         given = {name: load_object(value) if value in objects else value for name, value in arguments.items()}
-        module, known = _build(factory, weights=weights, trust=trust, arguments=given)
+        module, known = _build(factory, weights=None if cut is not None else weights, trust=trust, arguments=given)
     except OptionError as error:
         if "package" in card and isinstance(error.__cause__, ModuleNotFoundError):
             raise ModelError(f"the network of {path.stem} needs {card['package']}: pip install {card['package']}") from error
         raise
+    if cut is not None:
+        module = _cut(path, module, cut, weights, trust, tile_size=card.get("tile_size", known.get("tile_size", 224)))
+    else:
+        _say_if_random(factory, weights)
     return module, {**known, "name": path.stem, **card}
+
+
+def _cut(path: Path, module: nn.Module, cut: object, weights: Path | None, trust: bool, *, tile_size: int) -> nn.Module:
+    """What `wsiscale.cutting.save_cut` wrote: the network up to a layer, and the weights of that part."""
+    from wsiscale.cutting import cut_module
+
+    if not isinstance(cut, Mapping) or not isinstance(cut.get("layer"), str):
+        raise ModelError(f"the card {path} has {cut!r} as cut; it is an object with the name of a layer")
+    layer, head = cut["layer"], bool(cut.get("head"))
+    return _with_weights(lambda: cut_module(module, layer, tile_size=tile_size, head=head), weights, trust)
+
+
+def _say_if_random(spec: object, weights: Path | None) -> None:
+    if weights is None and isinstance(spec, str) and spec.startswith(("torchvision:", "timm:")):
+        log.warning("%s has random weights, so that its answers mean nothing; give weights", spec)
 
 
 def _from_file(path: Path, trust: bool) -> nn.Module:
