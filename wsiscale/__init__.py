@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from wsiscale.readers import ArrayReader as ArrayReader
     from wsiscale.readers import open_slide as open_slide
     from wsiscale.reference_slides import profile_slides as profile_slides
+    from wsiscale.slide_mpp import SlideMpp as SlideMpp
+    from wsiscale.slide_mpp import find_mpp as find_mpp
     from wsiscale.stacks import scale_stack as scale_stack
     from wsiscale.store import open_store as open_store
     from wsiscale.store import verify_store as verify_store
@@ -53,6 +55,7 @@ _HOMES = {
     "profile": ("Profile",),
     "readers": ("ArrayReader", "open_slide"),
     "reference_slides": ("profile_slides",),
+    "slide_mpp": ("SlideMpp", "find_mpp"),
     "stacks": ("scale_stack",),
     "store": ("open_store", "verify_store", "write_stack", "write_store"),
     "tissue": ("find_tissue",),

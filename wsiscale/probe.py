@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from wsiscale.card import packed, read_card, unpacked, update_card
 from wsiscale.errors import ModelError, MppError, NoTissueError, OptionError, ScaleError, SlideError
 from wsiscale.geometry import level_for
-from wsiscale.ridge import fit_ridges
+from wsiscale.profile import interval
+from wsiscale.ridge import PENALTIES, fit_ridges
 from wsiscale.types import Reader, ScaleResponse
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ VERSION = 1
 OCTAVES, FACTORS = 3.0, 12
 PLACES = 16
 FOLDS = 5
+LEAST_PLACES = 3
 RESAMPLES = 1000
 HELD_OUT, REPEATS = 0.3, 10  # of the tiles, and how often drawn, as published
 
@@ -486,8 +488,11 @@ class ScaleRegressor:
     std: NDArray[np.float32]  # (K,)
     weights: NDArray[np.float32]  # (K,)
     intercept: float
-    tile_sd: float  # octaves, of single tiles of held-out slides around their slide's offset
-    slide_sd: float  # octaves, of held-out slides' offsets: no number of tiles makes a slide more certain
+    # What tiles of held-out slides are said to be at each µm/px. A ridge draws to the middle of its range, and at the range's
+    # ends, where tissue looks alike, its answer turns round: a slide is told by its whole curve, laid along this one.
+    octaves: NDArray[np.float32]  # (U,) log2 µm/px, EXPECTED_STEP apart
+    expected: NDArray[np.float32]  # (U,) log2 µm/px
+    slide_sd: float  # octaves, by which held-out slides are off, each told by all of its tiles
     mpp_range: tuple[float, float]  # µm/px that it was fitted to
     slides: int
     tile_size: int
@@ -500,27 +505,45 @@ class RegressedMpp:
 
     mpp: float
     ci90: tuple[float, float]
-    tiles: int  # that counted: those that look to be within the regressor's range
+    places: int
 
 
 def fit_regressor(
-    answers: Sequence[Answers], layer: str, *, tile_size: int, network: str | None = None, seed: int = 0
+    answers: Sequence[Answers],
+    layer: str,
+    *,
+    tile_size: int,
+    network: str | None = None,
+    penalty: float | None = None,
+    seed: int = 0,
 ) -> ScaleRegressor:
-    """The regressor of `layer` from all slides, its errors from slides held out. Raises OptionError for fewer than three."""
+    """The regressor of `layer` from all slides, its errors from slides held out. Raises OptionError for fewer than three.
+
+    Without a `penalty` it is the best for slides left out. Slides to come that are of another kind want a stronger one.
+    """
     if len(answers) < 3:
         raise OptionError(f"{len(answers)} slides; a regressor needs three or more, each held out in turn")
     if layer not in answers[0].layers:
         raise OptionError(f"layer {layer!r} was not watched; there are {', '.join(answers[0].layers)}")
     values, target, slide = _rows(answers, layer)
+    penalties = PENALTIES if penalty is None else np.array([penalty])
     fold = folds(len(answers), seed)
-    missed = np.empty_like(target)
+    said = np.empty_like(target)
     for each in range(int(fold.max()) + 1):
         test = fold[slide] == each
-        (ridge,) = fit_ridges(values[~test], target[~test, None], slide[~test])
-        missed[test] = ridge.predict(values[test]) - target[test]
-    offsets = np.array([missed[rows].mean() for rows in _by_slide(slide)])
-    around = np.concatenate([missed[rows] - missed[rows].mean() for rows in _by_slide(slide)])
-    (ridge,) = fit_ridges(values, target[:, None], slide)
+        (ridge,) = fit_ridges(values[~test], target[~test, None], slide[~test], penalties=penalties)
+        said[test] = ridge.predict(values[test])
+    (ridge,) = fit_ridges(values, target[:, None], slide, penalties=penalties)
+    octaves, expected = _expected(target, said, slide)
+    off = []
+    for rows in _by_slide(slide):
+        at = np.unique(target[rows])
+        curve = np.array([np.median(said[rows][target[rows] == one]) for one in at])
+        # As a slide of unknown µm/px would be: its finest scale is 0.
+        shift = _shift(curve, at - at[0], octaves, expected)
+        off.append(np.nan if shift is None else shift - at[0])
+    if not np.isfinite(off).any():
+        raise OptionError(f"layer {layer!r} tells no slide's µm/px from those of the others; give another, or more slides")
     # The card has no infinity; a channel that is constant has no weight.
     told = np.isfinite(ridge.unit)
     return ScaleRegressor(
@@ -529,13 +552,53 @@ def fit_regressor(
         std=np.where(told, ridge.unit, 1).astype(np.float32),
         weights=np.where(told, ridge.weights, 0).astype(np.float32),
         intercept=ridge.intercept,
-        tile_sd=float(np.sqrt(np.square(around).mean())),
-        slide_sd=float(np.sqrt(np.square(offsets).mean())),
+        octaves=octaves.astype(np.float32),
+        expected=expected.astype(np.float32),
+        slide_sd=float(np.sqrt(np.nanmean(np.square(off)))),
         mpp_range=(float(2 ** target.min()), float(2 ** target.max())),
         slides=len(answers),
         tile_size=tile_size,
         network=network,
     )
+
+
+EXPECTED_STEP = 0.25  # octaves
+LEAST_SCALES = 4  # that a slide has within the regressor's range, where it is laid
+_FINE = 0.02  # octaves between the shifts that are tried
+
+
+def _expected(target: Floats, said: Floats, slide: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    """What held-out slides are said to be, by µm/px: the mean over the slides that are there, each as much as another."""
+    octaves = np.arange(target.min(), target.max() + 1e-6, EXPECTED_STEP)
+    nearest = np.abs(target[:, None] - octaves).argmin(axis=1)
+    means = np.array(
+        [
+            [
+                said[(slide == one) & (nearest == bin_)].mean() if ((slide == one) & (nearest == bin_)).any() else np.nan
+                for bin_ in range(len(octaves))
+            ]
+            for one in range(int(slide.max()) + 1)
+        ]
+    )  # (R, U)
+    there = np.isfinite(means).any(axis=0)
+    expected = np.nanmean(means[:, there], axis=0)
+    return octaves[there], expected
+
+
+def _shift(curve: Floats, at: Floats, octaves: NDArray[np.floating], expected: NDArray[np.floating]) -> float | None:
+    """log2 µm/px of level 0 at which a slide's curve (S,) over log2 scale (S,) is most like the expected; None at an end."""
+    low, high = float(octaves[0]), float(octaves[-1])
+    tried = np.arange(low - at[-1], high + _FINE, _FINE)
+    there = (at + tried[:, None] >= low - 1e-6) & (at + tried[:, None] <= high + 1e-6)  # (D, S)
+    squares = np.square(curve - np.interp(at + tried[:, None], octaves, expected))
+    count = there.sum(axis=1)
+    enough = count >= LEAST_SCALES
+    if not enough.any():
+        return None
+    misfit = np.where(enough, (squares * there).sum(axis=1) / np.maximum(count, 1), np.inf)
+    best = int(misfit.argmin())
+    possible = np.flatnonzero(enough)
+    return None if best in (possible[0], possible[-1]) else float(tried[best])
 
 
 def predict_log2_mpp(response: ScaleResponse | NDArray[np.floating], regressor: ScaleRegressor) -> Floats:
@@ -560,28 +623,21 @@ def predict_log2_mpp(response: ScaleResponse | NDArray[np.floating], regressor: 
 
 
 def regressed_mpp(response: ScaleResponse, regressor: ScaleRegressor) -> RegressedMpp | None:
-    """The slide's level-0 µm/px, whatever its tag says; None where too few tiles look to be within the regressor's range.
+    """The slide's level-0 µm/px, whatever its tag says; None where it cannot be told from the regressor's range alone.
 
-    What each tile looks like, less the octaves by which its scale is coarser than level 0; the median over places and those
-    scales that look to be within range and are no finer than level 0. A slide's own offset is most of the interval.
+    What its tiles are said to be at each scale, median over places, is laid along what slides of known µm/px were said to be;
+    where it fits best is the slide's µm/px. Scales finer than level 0 do not count.
     """
     seen = predict_log2_mpp(response, regressor)  # (N, S)
     native = response.scales >= 1 - 1e-6
-    low, high = np.log2(regressor.mpp_range)
-    typical = np.nanmedian(seen, axis=0) if len(seen) else np.full(len(response.scales), np.nan)
-    used = native & (typical >= low) & (typical <= high)
-    level0 = (seen - np.log2(response.scales))[:, used]
-    level0 = level0[np.isfinite(level0).all(axis=1)]
-    if level0.shape[0] < 3 or level0.shape[1] < 1:
+    seen = seen[np.isfinite(seen).all(axis=1)][:, native]
+    if len(seen) < LEAST_PLACES or seen.shape[1] < LEAST_SCALES:
         return None
-    best = float(np.median(level0))
-    sd = float(np.hypot(regressor.slide_sd, regressor.tile_sd / np.sqrt(level0.shape[0])))
-    return RegressedMpp(2**best, (2 ** (best - _NORMAL_90 * sd), 2 ** (best + _NORMAL_90 * sd)), level0.size)
+    best = _shift(np.median(seen, axis=0), np.log2(response.scales[native]), regressor.octaves, regressor.expected)
+    return None if best is None else RegressedMpp(2**best, interval(2**best, regressor.slide_sd), len(seen))
 
 
-_NORMAL_90 = 1.645  # standard deviations on either side that hold 90 % of a normal distribution
-
-_ARRAYS = ("mean", "std", "weights")
+_ARRAYS = ("mean", "std", "weights", "octaves", "expected")
 
 
 def save_regressor(regressor: ScaleRegressor, card: str | Path, *, fields: Mapping[str, Any] | None = None) -> None:
@@ -609,7 +665,8 @@ def regressor_of(card: Mapping[str, object]) -> ScaleRegressor | None:
         if not isinstance(record, Mapping) or record["version"] != VERSION:
             raise ValueError("it is of another version of wsiscale")
         arrays = unpacked(record["arrays"], _ARRAYS)
-        if len({array.shape for array in arrays.values()}) != 1 or arrays["mean"].ndim != 1:
+        per_channel = {arrays[name].shape for name in ("mean", "std", "weights")}
+        if len(per_channel) != 1 or arrays["mean"].ndim != 1 or arrays["octaves"].shape != arrays["expected"].shape:
             raise ValueError("its arrays are of different lengths")
         lo, hi = record["mpp_range"]
         return ScaleRegressor(
@@ -617,8 +674,9 @@ def regressor_of(card: Mapping[str, object]) -> ScaleRegressor | None:
             mean=arrays["mean"].astype(np.float32),
             std=arrays["std"].astype(np.float32),
             weights=arrays["weights"].astype(np.float32),
+            octaves=arrays["octaves"].astype(np.float32),
+            expected=arrays["expected"].astype(np.float32),
             intercept=float(record["intercept"]),
-            tile_sd=float(record["tile_sd"]),
             slide_sd=float(record["slide_sd"]),
             mpp_range=(float(lo), float(hi)),
             slides=int(record["slides"]),

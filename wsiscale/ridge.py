@@ -36,7 +36,9 @@ class Ridge:
         return predicted
 
 
-def fit_ridges(values: NDArray[np.floating], targets: Floats, group: NDArray[np.intp]) -> list[Ridge]:
+def fit_ridges(
+    values: NDArray[np.floating], targets: Floats, group: NDArray[np.intp], *, penalties: Floats = PENALTIES
+) -> list[Ridge]:
     """A ridge for each column of `targets` (n, T) from `values` (n, K); its penalty is the best for left-out groups (n,)."""
     rows = values.astype(np.float64)
     center, unit = rows.mean(axis=0), rows.std(axis=0)
@@ -48,11 +50,11 @@ def fit_ridges(values: NDArray[np.floating], targets: Floats, group: NDArray[np.
     along, sizes, back = _principal(rows)
     answers = along.T @ apart  # (P, T)
     groups = [np.flatnonzero(group == g) for g in np.unique(group)]
-    missed = np.array([_left_out(along, sizes, apart, answers, groups, penalty) for penalty in PENALTIES])  # (L, T)
+    missed = np.array([_left_out(along, sizes, apart, answers, groups, penalty) for penalty in penalties])  # (L, T)
     found = []
     for column, best in enumerate(missed.argmin(axis=0)):
-        weights = back @ (answers[:, column] / (sizes + PENALTIES[best] * len(rows)))
-        found.append(Ridge(center, unit, weights, float(mean[column]), float(PENALTIES[best]), float(missed[best, column])))
+        weights = back @ (answers[:, column] / (sizes + penalties[best] * len(rows)))
+        found.append(Ridge(center, unit, weights, float(mean[column]), float(penalties[best]), float(missed[best, column])))
     return found
 
 

@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for verb in (
-    *(slides.info, slides.tissue, slides.estimate, slides.stack, slides.tile),
+    *(slides.info, slides.mpp, slides.tissue, slides.estimate, slides.stack, slides.tile),
     *(cohorts.run,),
     *(models.profile, models.calibrate, models.cards),
     *(stores.verify, stores.doctor),

@@ -14,6 +14,7 @@ import typer
 from wsiscale.errors import OptionError
 
 if TYPE_CHECKING:
+    from wsiscale.slide_mpp import SlideMpp as FoundMpp
     from wsiscale.types import Reader
 
 DONE, FAILED, USAGE, ABSTAINED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -27,6 +28,9 @@ def fail(message: str, code: int) -> int:
 # What several commands take.
 Slide = Annotated[str, typer.Argument(help="a whole-slide image: SVS, NDPI, MRXS, OME-TIFF, DICOM, ...", metavar="SLIDE")]
 SlideMpp = Annotated[float | None, typer.Option(help="µm/px of level 0; overrides what the file says", metavar="UM")]
+MppFromPixels = Annotated[
+    bool, typer.Option("--mpp-from-pixels", help="go by the µm/px of the pixels (wsiscale mpp) where the tag does not agree")
+]
 MppCsv = Annotated[Path | None, typer.Option(help="CSV with the columns wsi,mpp; overrides what the files say")]
 ReaderName = Annotated[str, typer.Option(help="auto, openslide, tiffslide or dicom")]
 TissueSpec = Annotated[str | None, typer.Option("--tissue", help="own tissue detector, file.py:name")]
@@ -72,7 +76,9 @@ Durable = Annotated[bool, typer.Option("--durable", help="on the disk before it 
 
 
 @contextmanager
-def open_asked(slide: str, slide_mpp: float | None, mpp_csv: Path | None, reader: str) -> Iterator[Reader]:
+def open_asked(
+    slide: str, slide_mpp: float | None, mpp_csv: Path | None, reader: str, *, mpp_from_pixels: bool = False
+) -> Iterator[Reader]:
     from wsiscale.calibration import read_mpp_table
     from wsiscale.readers import open_slide
 
@@ -80,7 +86,26 @@ def open_asked(slide: str, slide_mpp: float | None, mpp_csv: Path | None, reader
         table = read_mpp_table(mpp_csv)
         slide_mpp = table.get(slide, table.get(Path(slide).name))
     with open_slide(slide, mpp=slide_mpp, reader=reader) as opened:
-        yield opened
+        if not mpp_from_pixels:
+            yield opened
+            return
+        from wsiscale.slide_mpp import find_mpp, with_mpp_from_pixels
+
+        with progress_bar("tiles") as progress:
+            found = find_mpp(opened, progress=progress)
+        print(sentence_of_mpp(found), file=sys.stderr)
+        yield with_mpp_from_pixels(opened, found)
+
+
+def sentence_of_mpp(found: FoundMpp) -> str:
+    """What the pixels say, and what that makes of the file, in a line."""
+    if found.mpp is None or found.ci90 is None:
+        return f"{found.slide}: its pixels do not tell its µm/px ({found.detail})"
+    low, high = found.ci90
+    return (
+        f"{found.slide}: {found.mpp:.3g} µm/px by its pixels (90 % within {low:.3g} to {high:.3g}), which {found.verdict}: "
+        f"{found.detail}"
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from wsiscale.cli.options import (
     MaxUpsample,
     Model,
     MppCsv,
+    MppFromPixels,
     MppRange,
     Places,
     Precision,
@@ -46,22 +48,36 @@ from wsiscale.cli.options import (
     parse_range,
     print_json,
     progress_bar,
+    sentence_of_mpp,
 )
 from wsiscale.errors import OptionError
 
 if TYPE_CHECKING:
+    from wsiscale.slide_mpp import SlideMpp as FoundMpp
     from wsiscale.types import Reader, ScaleEstimate
 
 
 def info(
-    slide: Slide, slide_mpp: SlideMpp = None, mpp_csv: MppCsv = None, reader: ReaderName = "auto", as_json: Json = False
+    slide: Slide,
+    slide_mpp: SlideMpp = None,
+    mpp_csv: MppCsv = None,
+    pixels: Annotated[bool, typer.Option("--pixels", help="ask the pixels too (wsiscale mpp), which takes seconds")] = False,
+    reader: ReaderName = "auto",
+    as_json: Json = False,
 ) -> None:
     """What the file says, and whether to believe it.
 
     Example: wsiscale info slide.svs
     """
+    found = None
     with open_asked(slide, slide_mpp, mpp_csv, reader) as opened:
         record = _describe(opened)
+        if pixels:
+            from wsiscale.slide_mpp import as_record, find_mpp
+
+            with progress_bar("tiles") as progress:
+                found = find_mpp(opened, progress=progress)
+            record["pixels"] = as_record(found)
     if as_json:
         print_json(record)
         return
@@ -74,6 +90,42 @@ def info(
         print(f"  level {level['level']}    {level['width']} x {level['height']} px, 1/{level['downsample']:g}{at}")
     if record["bounds"]:
         print(f"  scanned    y, x, height, width = {record['bounds']} in level-0 px")
+    if found is not None:
+        print(f"  pixels     {sentence_of_mpp(found).removeprefix(found.slide + ': ')}")
+    elif calibration["verdict"] != "trusted":
+        print(f"  wsiscale mpp {record['slide']} asks its pixels")
+
+
+def mpp(
+    slide: Slide,
+    model: Model = None,
+    weights: Weights = None,
+    trust_model: TrustModel = False,
+    slide_mpp: SlideMpp = None,
+    mpp_csv: MppCsv = None,
+    detector: TissueSpec = None,
+    reader: ReaderName = "auto",
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> int:
+    """The slide's true µm/px as its pixels tell it, and whether the file agrees; exit code 3 where they do not tell.
+
+    Example: wsiscale mpp slide.svs
+    """
+    from wsiscale.networks import load_network
+    from wsiscale.slide_mpp import as_record, find_mpp
+
+    network = load_network(model, weights=weights, trust_model=trust_model)
+    with open_asked(slide, slide_mpp, mpp_csv, reader) as opened, progress_bar("tiles") as progress:
+        found = find_mpp(opened, network, detector=detector, device=device, batch_size=batch_size, seed=seed, progress=progress)
+    if as_json:
+        print_json(as_record(found))
+    else:
+        print(sentence_of_mpp(found))
+        print("\n".join(_opinions(found)))
+    return ABSTAINED if found.abstained is not None else DONE
 
 
 def tissue(
@@ -189,6 +241,7 @@ def stack(
     places: Annotated[int, typer.Option(help="places on tissue")] = 64,
     slide_mpp: SlideMpp = None,
     mpp_csv: MppCsv = None,
+    mpp_from_pixels: MppFromPixels = False,
     max_upsample: MaxUpsample = 1.0,
     detector: TissueSpec = None,
     reader: ReaderName = "auto",
@@ -205,7 +258,10 @@ def stack(
     from wsiscale.store import write_stack
     from wsiscale.tissue import find_tissue
 
-    with open_asked(slide, slide_mpp, mpp_csv, reader) as opened, progress_bar("places") as progress:
+    with (
+        open_asked(slide, slide_mpp, mpp_csv, reader, mpp_from_pixels=mpp_from_pixels) as opened,
+        progress_bar("places") as progress,
+    ):
         mpps, scales = parse_list(mpp, "--mpp"), parse_list(scale, "--scale")
         if (mpps is None) == (scales is None):
             raise OptionError("give either --mpp or --scale")
@@ -237,6 +293,7 @@ def tile(
     places: Places = None,
     slide_mpp: SlideMpp = None,
     mpp_csv: MppCsv = None,
+    mpp_from_pixels: MppFromPixels = False,
     detector: TissueSpec = None,
     reader: ReaderName = "auto",
     device: Device = "auto",
@@ -258,7 +315,7 @@ def tile(
     check_destination(output, overwrite=overwrite)
     if (mpp is None) == (scale is None):
         raise OptionError("give either --mpp UM, --mpp auto, or --scale")
-    with open_asked(slide, slide_mpp, mpp_csv, reader) as opened:
+    with open_asked(slide, slide_mpp, mpp_csv, reader, mpp_from_pixels=mpp_from_pixels) as opened:
         provenance = None
         target = parse_mpp(mpp)
         if mpp == "auto":
@@ -324,6 +381,18 @@ def tile(
     else:
         print(summary.sentence())
     return DONE
+
+
+def _opinions(found: FoundMpp) -> Iterator[str]:
+    for opinion in found.opinions:
+        if opinion.mpp is None or opinion.ci90 is None:
+            why = opinion.refused
+            yield f"  {opinion.name:<13} -      " + ("" if why is None else f"{why.reason}, {why.detail}")
+        else:
+            yield f"  {opinion.name:<13} {opinion.mpp:<6.3g} ({opinion.ci90[0]:.3g} to {opinion.ci90[1]:.3g})"
+    if found.upsampling is not None and found.upsampling.found is not None:
+        empty = "its pixels were interpolated from half as many a side or fewer: the finest detail is empty"
+        yield f"  {'upsampled':<13} " + (f"yes    {empty}" if found.upsampling.found else "no")
 
 
 def _describe(slide: Reader) -> dict[str, Any]:
