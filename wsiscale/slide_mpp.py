@@ -30,9 +30,9 @@ from wsiscale.versions import versions
 if TYPE_CHECKING:
     from wsiscale.networks import Network
 
-# Octaves, standard deviation: what the opinions have in common, since all three go by the nuclei of this one tissue. So large that
-# the interval is as wide as the largest error of the nine images that methods may be developed on, which is what conformal
-# prediction asks for of so few (docs/slide-mpp.md).
+# Octaves, standard deviation: what the opinions have in common, since all three go by the nuclei of this one tissue. So large
+# that the interval is as wide as the largest error of the nine images that methods may be developed on, which is what
+# conformal prediction asks for of so few (docs/slide-mpp.md).
 SHARED_SD = 0.25
 # Of what the network has never seen the other opinions are not to be asked either: they would call noise tissue.
 UNKNOWN = ("unlike_bank", "flat", "too_few_places")
