@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wsiscale.errors import WsiscaleError as WsiscaleError
     from wsiscale.estimation import estimate as estimate
     from wsiscale.judging import estimate_response as estimate_response
+    from wsiscale.labels import write_labels as write_labels
     from wsiscale.networks import Network as Network
     from wsiscale.networks import load_network as load_network
     from wsiscale.places import sample_places as sample_places
@@ -43,6 +44,7 @@ _HOMES = {
     "errors": ("WsiscaleError",),
     "estimation": ("estimate",),
     "judging": ("estimate_response",),
+    "labels": ("write_labels",),
     "networks": ("Network", "load_network"),
     "places": ("sample_places", "tile_grid"),
     "profile": ("Profile",),
