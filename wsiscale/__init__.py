@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from wsiscale.analyzer import respond as respond
     from wsiscale.criteria import CRITERIA as CRITERIA
     from wsiscale.criteria import Criterion as Criterion
+    from wsiscale.datasets import StoreDataset as StoreDataset
     from wsiscale.errors import WsiscaleError as WsiscaleError
     from wsiscale.estimation import estimate as estimate
     from wsiscale.judging import estimate_response as estimate_response
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "analyzer": ("respond",),
     "criteria": ("CRITERIA", "Criterion"),
+    "datasets": ("StoreDataset",),
     "errors": ("WsiscaleError",),
     "estimation": ("estimate",),
     "judging": ("estimate_response",),
