@@ -70,7 +70,7 @@ def slide_and_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", ["pipelines"])
+@pytest.mark.parametrize("page", ["exports", "pipelines"])
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, slide_and_store: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
 
