@@ -127,7 +127,7 @@ def test_napari_shows_it(store: Store, path: Path) -> None:
     np.testing.assert_allclose(image.scale, 0.73)
     np.testing.assert_allclose(found.extent.world, image.extent.world)
     np.testing.assert_allclose(found.extent.world[1], np.array(store.levels[0].shape[1:]) * 0.73, atol=0.74)
-    assert nuclei.get_value((12 * 0.73, 22 * 0.73), world=True) in (7, (0, 7))
+    assert nuclei.get_value((12 * 0.73, 22 * 0.73), world=True)[1] == 7
     assert [str(unit) for unit in image.units] == ["micrometer", "micrometer"]
 
 
