@@ -92,7 +92,11 @@ def test_trident_finds_its_attributes_and_reads_at_the_right_scale(store: Store,
 
 
 def test_a_whole_magnification_is_a_whole_number_and_needs_no_note(tmp_path: Path) -> None:
-    summary = export_store(written(tmp_path / "s.zarr", mpp=1.0), tmp_path / "p.h5", to="trident-h5")
+    # TRIDENT calls a slide of 0.46 µm/px 20x, and so its half 10x, not the 10.9x of 0.92 µm/px.
+    slide, there = ArrayReader(scan(900, 1500), mpp=0.46), tissue(900, 1500, (100, 900, 500, 500), mpp=0.46)
+    write_store(tmp_path / "s.zarr", slide, mpp=0.92, tissue=there)
+
+    summary = export_store(tmp_path / "s.zarr", tmp_path / "p.h5", to="trident-h5")
 
     with h5py.File(tmp_path / "p.h5") as file:
         target = file["coords"].attrs["target_magnification"]

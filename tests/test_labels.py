@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +22,7 @@ import zarr
 from numpy.typing import NDArray
 from stores import SCALE, scan, tissue, written
 
-from wsiscale import labels, store
+from wsiscale import labels, publishing, store
 from wsiscale.errors import OptionError, SlideError, StoreError
 from wsiscale.labels import write_labels
 from wsiscale.readers.array import ArrayReader
@@ -31,8 +35,8 @@ NGFF: tuple[Ngff, ...] = ("0.5", "0.4")
 def small_shards() -> Iterator[None]:
     """So that a small slide has many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(store.PROFILES, "0.5", replace(store.PROFILES["0.5"], chunk=64, shard=192))
-        patch.setitem(store.PROFILES, "0.4", replace(store.PROFILES["0.4"], chunk=128, shard=128))
+        patch.setitem(store.PROFILES, "0.5", replace(store.PROFILES["0.5"], chunk=128, shard=256))
+        patch.setitem(store.PROFILES, "0.4", replace(store.PROFILES["0.4"], chunk=256, shard=256))
         yield
 
 
@@ -281,12 +285,13 @@ def test_a_whole_mask_and_plain_positions_do_too_and_what_lies_beyond_is_left_ou
 def test_the_later_of_two_tiles_counts_with_its_background_too(opened: Store) -> None:
     first, second = np.full((40, 40), 1, np.uint8), np.eye(40, dtype=np.uint8) * 2
 
-    write_labels(opened, "both", [(first, (0, 0)), (second, (20, 10))])
+    write_labels(opened, "both", [(first, (0, 0)), (second, (20, 10)), (first[:9, :9] * 0, (0, 0))])
 
     found = np.asarray(open_store(opened.path).label("both")[0][:60, :60])
     expected = np.zeros((60, 60), np.uint8)
     expected[:40, :40] = first
     expected[20:60, 10:50] = second
+    expected[:9, :9] = 0
     np.testing.assert_array_equal(found, expected)
 
 
@@ -332,6 +337,21 @@ def test_what_fails_half_way_leaves_the_store_as_it_was(opened: Store) -> None:
     assert [path.name for path in opened.path.parent.iterdir()] == [opened.path.name]
 
 
+def test_what_fails_at_the_last_step_does_too(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {f: f.read_bytes() for f in opened.path.rglob("*") if f.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publishing, "_exchange", full)
+
+    with pytest.raises(StoreError) as caught:
+        write_labels(opened, "nuclei", numbered(opened))
+
+    assert caught.value.code == "NO_SPACE"
+    assert {f: f.read_bytes() for f in opened.path.rglob("*") if f.is_file()} == before
+
+
 def test_a_store_open_for_reading_goes_on_to_be_read(opened: Store) -> None:
     before = whole(opened)
 
@@ -354,6 +374,41 @@ def test_a_label_is_replaced_only_where_that_is_asked_for(opened: Store) -> None
     assert again.labels == ("tissue", "nuclei")
     assert int(np.asarray(again.label("nuclei")[0][:]).sum()) == 225
     assert verify_store(opened.path).ok
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_store_is_whole_with_the_label_or_without_it(opened: Store, count: int) -> None:
+    code = f"""
+import numpy as np
+from wsiscale.labels import write_labels
+from wsiscale.store import open_store
+store = open_store({str(opened.path)!r})
+print("ready", flush=True)
+write_labels(store, "nuclei", [(pixels[..., 0], tile) for pixels, tile in store.tiles(40)] * 3, overwrite=True)
+print("done", flush=True)
+"""
+
+    def begun() -> subprocess.Popen[str]:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    with begun() as undisturbed:
+        started = time.perf_counter()
+        undisturbed.wait()
+        whole_run = time.perf_counter() - started
+    chance = random.Random(count)
+    for _ in range(count):
+        with begun() as process:
+            time.sleep(chance.uniform(0, 1.1 * whole_run))
+            process.kill()
+        assert verify_store(opened.path).ok
+        assert open_store(opened.path).labels == ("tissue", "nuclei")
+
+    write_labels(opened, "last", [])
+
+    assert os.listdir(opened.path.parent) == [opened.path.name]
 
 
 def test_damage_that_was_there_before_is_not_vouched_for_afterwards(opened: Store) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wsiscale.datasets import StoreDataset as StoreDataset
     from wsiscale.errors import WsiscaleError as WsiscaleError
     from wsiscale.estimation import estimate as estimate
+    from wsiscale.export import export_store as export_store
     from wsiscale.judging import estimate_response as estimate_response
     from wsiscale.labels import write_labels as write_labels
     from wsiscale.networks import Network as Network
@@ -45,6 +46,7 @@ _HOMES = {
     "datasets": ("StoreDataset",),
     "errors": ("WsiscaleError",),
     "estimation": ("estimate",),
+    "export": ("export_store",),
     "judging": ("estimate_response",),
     "labels": ("write_labels",),
     "networks": ("Network", "load_network"),
