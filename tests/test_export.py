@@ -443,7 +443,7 @@ def test_the_command_says_what_it_wrote_and_what_it_could_not(
 @pytest.mark.filterwarnings("ignore")  # its own, and its dependencies'
 def test_spatialdata_opens_what_is_written_for_it(store: Store, tmp_path: Path) -> None:
     spatialdata = pytest.importorskip(
-        "spatialdata", reason="spatialdata brings 60 packages; pip install 'wsiscale[spatialdata]'"
+        "spatialdata", reason="spatialdata brings 34 packages; pip install 'wsiscale[spatialdata]'"
     )
 
     export_store(store, tmp_path / "s.zarr", to="spatialdata")
