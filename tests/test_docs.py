@@ -9,11 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from wsiscale.readers import open_slide
+from wsiscale.store import write_store
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +59,28 @@ def test_one_slide_of_a_cohort_as_the_docs_have_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] in ("ok", "abstained")
     assert (tmp_path / "out" / "slides" / "a.json").exists()
+
+
+@pytest.fixture(scope="module")
+def slide_and_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with slide.svs and slide.ome.zarr."""
+    folder = tmp_path_factory.mktemp("pages")
+    shutil.copy(ROOT / "sample_slides" / "tissue_mpp0.25.svs", folder / "slide.svs")
+    with open_slide(folder / "slide.svs") as slide:
+        write_store(folder / "slide.ome.zarr", slide, mpp=0.5)
+    return folder
+
+
+@pytest.mark.parametrize("page", ["exports", "pipelines"])
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, slide_and_store: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
+
+    run = [block for block in blocks if all(find_spec(name) for name in re.findall(r"# needs (\w+)", block))]
+    assert run
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(run)], cwd=slide_and_store, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def cohort_block(language: str) -> str:

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from wsiscale.criteria import CRITERIA as CRITERIA
     from wsiscale.criteria import Criterion as Criterion
     from wsiscale.cutting import cut_network as cut_network
+    from wsiscale.datasets import StoreDataset as StoreDataset
     from wsiscale.errors import WsiscaleError as WsiscaleError
     from wsiscale.estimation import estimate as estimate
+    from wsiscale.export import export_store as export_store
     from wsiscale.judging import estimate_response as estimate_response
+    from wsiscale.labels import write_labels as write_labels
     from wsiscale.networks import Network as Network
     from wsiscale.networks import load_network as load_network
     from wsiscale.places import sample_places as sample_places
@@ -46,9 +49,12 @@ _HOMES = {
     "analyzer": ("respond",),
     "criteria": ("CRITERIA", "Criterion"),
     "cutting": ("cut_network",),
+    "datasets": ("StoreDataset",),
     "errors": ("WsiscaleError",),
     "estimation": ("estimate",),
+    "export": ("export_store",),
     "judging": ("estimate_response",),
+    "labels": ("write_labels",),
     "networks": ("Network", "load_network"),
     "places": ("sample_places", "tile_grid"),
     "probe": ("Probe", "probe_slides"),

@@ -36,7 +36,7 @@ def tile_grid(
     stride, side = (size - overlap) * step, size * step
     tops = _starts(tissue.shape[0], stride)
     lefts = _starts(tissue.shape[1], stride)
-    share = _share(tissue, tops, lefts, side)  # (len(tops), len(lefts))
+    share = tissue_share(tissue, tops, lefts, side)  # (len(tops), len(lefts))
     rows, columns = np.nonzero((share >= min_tissue) & (share > 0))
     origins = np.stack([tops[rows], lefts[columns]], axis=1)
     return TileGrid(
@@ -54,7 +54,7 @@ def _starts(length: int, stride: float) -> NDArray[np.int64]:
     return np.round(np.arange(count) * stride).astype(np.int64)
 
 
-def _share(tissue: Tissue, tops: NDArray[np.int64], lefts: NDArray[np.int64], side: float) -> NDArray[np.float64]:
+def tissue_share(tissue: Tissue, tops: NDArray[np.int64], lefts: NDArray[np.int64], side: float) -> NDArray[np.float64]:
     """Share of tissue in each square, by a summed-area table read between mask pixels."""
     table = np.zeros((tissue.mask.shape[0] + 1, tissue.mask.shape[1] + 1), np.int32)
     inside = table[1:, 1:]

@@ -1,6 +1,6 @@
-"""A folder that has its name once it is whole: one writer, a temporary name beside the final one, one rename.
+"""A folder, or a file, that has its name once it is whole: one writer, a temporary name beside the final one, one rename.
 
-Whoever finds the final name finds a complete folder; what killed writers leave is collected by the next one of that name.
+Whoever finds the final name finds it complete; what killed writers leave is collected by the next one of that name.
 """
 
 from __future__ import annotations
@@ -38,6 +38,28 @@ def published(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator
                 _to_disk(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # after an exchange that is the older store
+
+
+@contextmanager
+def published_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """The same for a file."""
+    try:
+        with _locked(path):
+            _collect_leftovers(path)
+            if path.is_dir() or path.is_symlink():
+                raise StoreError(
+                    f"{path} is a folder or a link, and a file is to be written; choose another name", code="EXISTS"
+                )
+            if path.exists() and not overwrite:
+                raise StoreError(f"{path} exists; choose another name, or replace it with --overwrite", code="EXISTS")
+            temporary = _sibling(path, "partial")
+            try:
+                yield temporary
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _os_error(path, error) from error
 
 
 def _to_disk(*paths: Path) -> None:
@@ -99,6 +121,8 @@ def _collect_leftovers(path: Path) -> None:
             continue
         if match[1] == "aside" and not path.exists():
             os.rename(sibling, path)
+        elif sibling.is_file():
+            sibling.unlink()
         else:
             shutil.rmtree(sibling, ignore_errors=True)
 

@@ -39,7 +39,7 @@ from wsiscale.geometry import (
     scale_for_mpp,
     snapped_scale,
 )
-from wsiscale.places import tile_grid
+from wsiscale.places import tile_grid, tissue_share
 from wsiscale.publishing import MANIFEST, in_bytes, published, reserved
 from wsiscale.resample import KERNEL, halve
 from wsiscale.responses import SavedResponse
@@ -77,7 +77,7 @@ _STRIP = 512  # rows of a coarser level made at once, of twice as many of the fi
 
 
 @dataclass(frozen=True)
-class _Profile:
+class Profile:
     """How one NGFF version lies on disk."""
 
     ngff: Ngff
@@ -86,7 +86,7 @@ class _Profile:
     shard: int  # px a side; one file, and so one writer
 
 
-_PROFILES = {"0.5": _Profile("0.5", 3, 512, 2048), "0.4": _Profile("0.4", 2, 1024, 1024)}
+PROFILES = {"0.5": Profile("0.5", 3, 512, 2048), "0.4": Profile("0.4", 2, 1024, 1024)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class StorePlan:
     @property
     def megapixels(self) -> float:
         """Of the finest level."""
-        area = int(self.touched[0].sum()) * _PROFILES[self.ngff].chunk ** 2 if self.touched else 0
+        area = int(self.touched[0].sum()) * PROFILES[self.ngff].chunk ** 2 if self.touched else 0
         return min(area, self.canvas[0] * self.canvas[1]) / 1e6
 
     def sentence(self) -> str:
@@ -208,13 +208,68 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
+class StoreTile:
+    """Where one tile of a store lies: its core, the halo around it not counted."""
+
+    index: int
+    row: int  # of the top left corner, px of `level`
+    col: int
+    y: float  # the same corner on the slide, level-0 px
+    x: float
+    size: int  # px of `level`
+    halo: int  # px of `level`, on every side
+    level: int
+    tissue: float  # share of the core, 0..1
+    failed: bool  # the slide is damaged under the tile or its halo: some of its white is not the slide's
+
+
+@dataclass(frozen=True)
+class StoreTiles:
+    """The tiles of a store, in reading order, as columns; `tiles[n]` is one of them."""
+
+    rows: NDArray[np.int64]  # (T,) of the top left corners, px of `level`
+    cols: NDArray[np.int64]  # (T,)
+    tissue: NDArray[np.float32]  # (T,) share, 0..1
+    failed: NDArray[np.bool_]  # (T,)
+    size: int  # px of `level`
+    overlap: int  # px of `level` that neighbours share
+    halo: int  # px of `level` that are read around each
+    level: int
+    scale: float  # level-0 px of the slide per px of `level`
+    mpp: float | None  # µm/px of `level`
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> StoreTile:
+        row, col = int(self.rows[index]), int(self.cols[index])
+        return StoreTile(
+            index=range(len(self))[index],
+            row=row,
+            col=col,
+            y=row * self.scale,
+            x=col * self.scale,
+            size=self.size,
+            halo=self.halo,
+            level=self.level,
+            tissue=float(self.tissue[index]),
+            failed=bool(self.failed[index]),
+        )
+
+    def __iter__(self) -> Iterator[StoreTile]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True)
 class Store:
     """A written store, open for reading."""
 
     path: Path
     levels: tuple[zarr.Array[Any], ...]  # each (3, height, width) uint8, finest first; none in a store without pixels
     tissue: tuple[zarr.Array[Any], ...]  # each (height, width) uint8, 1 on tissue
+    labels: tuple[str, ...]  # names of all labels, "tissue" among them
     tile_table: Mapping[str, NDArray[Any]]  # columns (T,): id, x, y, w, h, row, col, tissue, status
+    tile_settings: Mapping[str, Any]  # of the table: size, overlap, scale, mpp, min_tissue, ...
     attributes: Mapping[str, Any]  # `wsiscale`
     scale: float  # level-0 px per px of the finest level
     mpp: float | None  # µm/px of the finest level
@@ -234,6 +289,97 @@ class Store:
             raise StoreError(f"{self.path} is damaged at level {level}; `wsiscale verify` says where: {error}") from error
         pixels[y0 - y : y1 - y, x0 - x : x1 - x] = np.moveaxis(inside, 0, -1)
         return pixels
+
+    def tiles(
+        self,
+        size: int | None = None,
+        *,
+        overlap: int = 0,
+        halo: int = 0,
+        level: int = 0,
+        min_tissue: float | None = None,
+        tissue_only: bool = True,
+    ) -> Iterator[tuple[NDArray[np.uint8], StoreTile]]:
+        """The tiles of `grid`, which takes the same arguments, one after another, each with where it lies.
+
+        A tile is (size + 2 halo, size + 2 halo, 3), white beyond the canvas. Raises StoreError where a chunk is damaged.
+        """
+        grid = self.grid(size, overlap=overlap, halo=halo, level=level, min_tissue=min_tissue, tissue_only=tissue_only)
+        return ((self.read_tile(tile), tile) for tile in grid)
+
+    def read_tile(self, tile: StoreTile) -> NDArray[np.uint8]:
+        """The pixels of `tile` with its halo: (size + 2 halo, size + 2 halo, 3)."""
+        side = tile.size + 2 * tile.halo
+        return self.read(level=tile.level, y=tile.row - tile.halo, x=tile.col - tile.halo, height=side, width=side)
+
+    def grid(
+        self,
+        size: int | None = None,
+        *,
+        overlap: int = 0,
+        halo: int = 0,
+        level: int = 0,
+        min_tissue: float | None = None,
+        tissue_only: bool = True,
+    ) -> StoreTiles:
+        """Where the store's tiles lie: those of its table, or, with a `size`, those of another grid, in px of `level`.
+
+        A tile of another grid holds at least `min_tissue` (0..1; None: as much as those of the table) tissue, unless
+        `tissue_only` is off. Neighbours share `overlap` px; `halo` px more are read on every side, for networks that need
+        to see what is around. The halo of a tile at the end of what was written may be white where the slide is not.
+        """
+        if not self.levels:
+            raise StoreError(f"{self.path} has a tile table alone, no pixels; write it with --pixels tissue", code="NO_PIXELS")
+        if not 0 <= level < len(self.levels):
+            raise OptionError(f"{self.path} has {len(self.levels)} levels; there is no level {level}")
+        if halo < 0:
+            raise OptionError(f"a halo of {halo} px makes no sense; give 0 or more")
+        if size is None:
+            if level or overlap or min_tissue is not None or not tissue_only:
+                raise OptionError("the tiles of the table are what they are; give a size for others")
+            size, overlap = (int(self.tile_settings[name]) for name in ("size", "overlap"))
+            rows, cols, tissue = (self.tile_table[name] for name in ("row", "col", "tissue"))
+        else:
+            if size < 1 or not 0 <= overlap < size:
+                raise OptionError(f"an overlap of {overlap} px does not fit tiles of {size} px; give 0 to {size - 1}")
+            least = float(self.tile_settings["min_tissue"]) if min_tissue is None else min_tissue
+            if not 0 <= least <= 1:
+                raise OptionError(f"min_tissue is a share from 0 to 1, not {least:g}")
+            tops, lefts = (np.arange(0, side, size - overlap) for side in self.levels[level].shape[1:])
+            share = tissue_share(self._tissue_of(level, size), tops, lefts, size)  # (len(tops), len(lefts))
+            kept = np.nonzero((share >= least) & (share > 0) if tissue_only else np.ones(share.shape, bool))
+            rows, cols, tissue = tops[kept[0]], lefts[kept[1]], share[kept]
+        failed = np.zeros(len(rows), bool)
+        chunk = self.levels[0].chunks[-1] / 2**level
+        for row, column in self.attributes["failed_chunks"]:
+            below = (rows + size + halo > row * chunk) & (rows - halo < (row + 1) * chunk)
+            failed |= below & (cols + size + halo > column * chunk) & (cols - halo < (column + 1) * chunk)
+        return StoreTiles(
+            rows=rows.astype(np.int64),
+            cols=cols.astype(np.int64),
+            tissue=tissue.astype(np.float32),
+            failed=failed,
+            size=size,
+            overlap=overlap,
+            halo=halo,
+            level=level,
+            scale=self.scale * 2**level,
+            mpp=None if self.mpp is None else self.mpp * 2**level,
+        )
+
+    def label(self, name: str) -> tuple[zarr.Array[Any], ...]:
+        """The levels of a label, each (height, width), finest first. Raises StoreError where there is none of that name."""
+        if name not in self.labels:
+            raise StoreError(f"{self.path} has no label {name}; it has {', '.join(self.labels) or 'none'}", code="NOT_FOUND")
+        root = zarr.open_group(self.path, mode="r", use_consolidated=False)
+        return tuple(_array(root, f"labels/{name}/{k}") for k in range(len(self.levels)))
+
+    def _tissue_of(self, level: int, size: int) -> Tissue:
+        """The tissue label in px of `level`, as coarse as tiles of `size` px allow."""
+        coarse = min(len(self.tissue) - 1, level + max(0, (size // 16).bit_length() - 1))
+        mask = np.asarray(self.tissue[coarse][:]) > 0
+        height, width = self.levels[level].shape[1:]
+        return Tissue(mask=mask, step=2.0 ** (coarse - level), shape=(height, width), mpp=self.mpp)
 
 
 def write_store(
@@ -281,7 +427,7 @@ def write_store(
         name: None if value is None else _plain_json(value) for name, value in (("estimate", estimate), ("made_of", made_of))
     }
     workers = _workers(threads)
-    with _growing(final, overwrite=overwrite, durable=durable) as temporary:
+    with growing(final, overwrite=overwrite, durable=durable) as temporary:
         plan = plan_store(
             final,
             slide,
@@ -303,7 +449,7 @@ def write_store(
                 "magnification, or write the tile table alone (--pixels none)",
                 code="NO_SPACE",
             )
-        root = zarr.open_group(temporary, mode="w-", zarr_format=_PROFILES[ngff].zarr_format)
+        root = zarr.open_group(temporary, mode="w-", zarr_format=PROFILES[ngff].zarr_format)
         damage = _Damage(plan, max_failed_tiles, slide.source.name)
         expected = _write_image(root, plan, slide, workers, progress, damage) if plan.shapes else set()
         _write_tiles(root, plan, damage)
@@ -385,7 +531,7 @@ def plan_store(
 
     canvas = canvas_shape(pyramid, achieved)
     halo = _HALO if pyramid.mpp is None else halo_um / pyramid.mpp
-    profile = _PROFILES[ngff]
+    profile = PROFILES[ngff]
     shapes = _level_shapes(canvas) if pixels == "tissue" else ()
     touched = _touched_chunks(shapes, tissue, grid, halo=halo, chunk=profile.chunk) if shapes else ()
     shards = sum(len(_shard_indices(level_touched, profile)) for level_touched in touched)
@@ -428,7 +574,9 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         path=folder,
         levels=tuple(_array(root, str(k)) for k in range(count)),
         tissue=tuple(_array(root, f"labels/tissue/{k}") for k in range(count)),
+        labels=_label_names(root) if count else (),
         tile_table={name: np.asarray(array[:]) for name, array in sorted(tiles.arrays())},
+        tile_settings=dict(tiles.attrs),
         attributes=attributes,
         scale=float(attributes["achieved_scale"]),
         mpp=attributes["achieved_mpp"],
@@ -444,7 +592,7 @@ def verify_store(path: str | os.PathLike[str]) -> VerifyReport:
     if not folder.is_dir():
         raise StoreError(f"there is no store at {folder}", code="NOT_FOUND")
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
     except FileNotFoundError:
         problem = Problem(MANIFEST, "missing", "without it background cannot be told from loss; write the store again")
         return VerifyReport(folder, 0, 0, (problem,))
@@ -485,7 +633,7 @@ def write_stack(
     final = Path(os.path.abspath(path))
     workers = _workers(threads)
     count, scales, height, width, channels = (int(n) for n in stack.images.shape)
-    with _growing(final, overwrite=overwrite) as temporary:
+    with growing(final, overwrite=overwrite) as temporary:
         root = zarr.open_group(temporary, mode="w-", zarr_format=3)
         images = root.create_array(
             "images",
@@ -534,7 +682,7 @@ def write_stack(
 def write_response(path: str | os.PathLike[str], saved: SavedResponse, *, overwrite: bool = False) -> Path:
     """What a network answered, as zarr v3, whole or not at all; `read_response` gives it back. Raises StoreError."""
     final = Path(os.path.abspath(path))
-    with _growing(final, overwrite=overwrite) as temporary:
+    with growing(final, overwrite=overwrite) as temporary:
         root = zarr.open_group(temporary, mode="w-", zarr_format=3)
         _write_column(root, "centers", saved.centers, ["place", "yx"])
         _write_answers(root.create_group("response"), saved.response)
@@ -635,7 +783,7 @@ def _pooled(mask: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
     return np.asarray(padded.reshape(height, size, width, size).any(axis=(1, 3)))
 
 
-def _shard_indices(touched: NDArray[np.bool_], profile: _Profile) -> list[tuple[int, int]]:
+def _shard_indices(touched: NDArray[np.bool_], profile: Profile) -> list[tuple[int, int]]:
     """(row, column) of the shards that hold a touched chunk, in reading order."""
     shards = _pooled(touched, profile.shard // profile.chunk)
     return [(int(row), int(column)) for row, column in np.argwhere(shards)]
@@ -663,8 +811,8 @@ class _Damage:
     def __init__(self, plan: StorePlan, most: float, name: str) -> None:
         self.chunks: list[tuple[int, int]] = []  # (row, column) of the finest level
         self.tiles = np.zeros(len(plan.grid), bool)
-        self._begin = _canvas_origins(plan.grid) // _PROFILES[plan.ngff].chunk  # (T, 2)
-        self._end = (_canvas_origins(plan.grid) + plan.grid.size - 1) // _PROFILES[plan.ngff].chunk
+        self._begin = _canvas_origins(plan.grid) // PROFILES[plan.ngff].chunk  # (T, 2)
+        self._end = (_canvas_origins(plan.grid) + plan.grid.size - 1) // PROFILES[plan.ngff].chunk
         self._touched = int(plan.touched[0].sum()) if plan.touched else 0
         self._most = most
         self._name = name
@@ -699,13 +847,16 @@ def _write_image(
     root: zarr.Group, plan: StorePlan, slide: Reader, threads: int, progress: Progress | None, damage: _Damage
 ) -> set[str]:
     """Writes the pyramid and the tissue label; returns the files that must be there now."""
-    profile = _PROFILES[plan.ngff]
-    images = [_create_level(root, str(k), (3, *shape), profile) for k, shape in enumerate(plan.shapes)]
+    profile = PROFILES[plan.ngff]
+    images = [create_level(root, str(k), (3, *shape), profile) for k, shape in enumerate(plan.shapes)]
     labels = root.create_group("labels")
     label = labels.create_group("tissue")
-    masks = [_create_level(label, str(k), shape, profile) for k, shape in enumerate(plan.shapes)]
-    labels.attrs.update(_ngff_attributes(plan.ngff, {"labels": ["tissue"]}))
-    label.attrs.update(_label_attributes(plan))
+    masks = [create_level(label, str(k), shape, profile) for k, shape in enumerate(plan.shapes)]
+    labels.attrs.update(ngff_attributes(plan.ngff, {"labels": ["tissue"]}))
+    green = {"colors": [{"label-value": 1, "rgba": [0, 160, 80, 96]}]}
+    label.attrs.update(
+        label_attributes(plan.ngff, "tissue", levels=len(plan.shapes), scale=plan.scale, mpp=plan.mpp, shown=green)
+    )
 
     def write(shard: _Shard) -> _Written:
         failed: list[tuple[int, int]] = []
@@ -742,7 +893,9 @@ def _write_image(
     return files
 
 
-def _create_level(group: zarr.Group, name: str, shape: tuple[int, ...], profile: _Profile) -> zarr.Array[Any]:
+def create_level(
+    group: zarr.Group, name: str, shape: tuple[int, ...], profile: Profile, *, dtype: str = "uint8"
+) -> zarr.Array[Any]:
     """An empty level: (3, height, width) white, or a label's (height, width) of zeros."""
     channels = shape[:-2]
     chunks = (*channels, profile.chunk, profile.chunk)
@@ -751,7 +904,7 @@ def _create_level(group: zarr.Group, name: str, shape: tuple[int, ...], profile:
         return group.create_array(
             name,
             shape=shape,
-            dtype="uint8",
+            dtype=dtype,
             chunks=chunks,
             compressors=_BLOSC,
             fill_value=fill,
@@ -760,7 +913,7 @@ def _create_level(group: zarr.Group, name: str, shape: tuple[int, ...], profile:
     return group.create_array(
         name,
         shape=shape,
-        dtype="uint8",
+        dtype=dtype,
         chunks=chunks,
         shards=(*channels, profile.shard, profile.shard),
         compressors=_ZSTD,
@@ -927,6 +1080,7 @@ def _root_attributes(plan: StorePlan, slide: Reader, damage: _Damage, kept: Mapp
             **_slide_attributes(slide.source),
             "shape": list(slide.pyramid.shape),
             "downsamples": list(slide.pyramid.downsamples),
+            "bounds": None if slide.pyramid.bounds is None else list(slide.pyramid.bounds),
         },
         "slide_mpp": slide.pyramid.mpp,
         "mpp_source": calibration.source,
@@ -959,8 +1113,9 @@ def _root_attributes(plan: StorePlan, slide: Reader, damage: _Damage, kept: Mapp
     if not plan.shapes:
         return {"wsiscale": ours}
     name = slide.source.name
-    image = {"multiscales": [_multiscales(plan, ["c", "y", "x"], name)], "omero": _omero(plan.ngff, name)}
-    return {**_ngff_attributes(plan.ngff, image), "wsiscale": ours}
+    scales = _multiscales(plan.ngff, ["c", "y", "x"], name, levels=len(plan.shapes), scale=plan.scale, mpp=plan.mpp)
+    image = {"multiscales": [scales], "omero": _omero(plan.ngff, name)}
+    return {**ngff_attributes(plan.ngff, image), "wsiscale": ours}
 
 
 def _slide_attributes(source: SlideSource) -> dict[str, Any]:
@@ -968,24 +1123,28 @@ def _slide_attributes(source: SlideSource) -> dict[str, Any]:
     return {name: getattr(source, name) for name in ("name", "size", "mtime_ns", "vendor", "reader")}
 
 
-def _label_attributes(plan: StorePlan) -> dict[str, Any]:
-    label: dict[str, Any] = {"source": {"image": "../../"}, "colors": [{"label-value": 1, "rgba": [0, 160, 80, 96]}]}
-    if plan.ngff == "0.4":
+def label_attributes(
+    ngff: Ngff, name: str, *, levels: int, scale: float, mpp: float | None, shown: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of a label beside the image; `shown` is what `image-label` says of its values: colors, properties."""
+    label: dict[str, Any] = {"source": {"image": "../../"}, **shown}
+    if ngff == "0.4":
         label["version"] = "0.4"
-    return _ngff_attributes(plan.ngff, {"multiscales": [_multiscales(plan, ["y", "x"], "tissue")], "image-label": label})
+    multiscales = [_multiscales(ngff, ["y", "x"], name, levels=levels, scale=scale, mpp=mpp)]
+    return ngff_attributes(ngff, {"multiscales": multiscales, "image-label": label})
 
 
-def _ngff_attributes(ngff: Ngff, content: dict[str, Any]) -> dict[str, Any]:
+def ngff_attributes(ngff: Ngff, content: dict[str, Any]) -> dict[str, Any]:
     """0.4 keeps its attributes at the root, 0.5 under `ome`."""
     return content if ngff == "0.4" else {"ome": {"version": "0.5", **content}}
 
 
-def _multiscales(plan: StorePlan, axes: list[str], name: str) -> dict[str, Any]:
+def _multiscales(ngff: Ngff, axes: list[str], name: str, *, levels: int, scale: float, mpp: float | None) -> dict[str, Any]:
     """The pixel size is exactly what it is, not the slide's side over the canvas's; level k starts (2^k - 1)/2 px in."""
-    pixel = plan.scale if plan.mpp is None else plan.mpp
-    space = {"type": "space"} if plan.mpp is None else {"type": "space", "unit": "micrometer"}
+    pixel = scale if mpp is None else mpp
+    space = {"type": "space"} if mpp is None else {"type": "space", "unit": "micrometer"}
     datasets = []
-    for k in range(len(plan.shapes)):
+    for k in range(levels):
         size, start = pixel * 2**k, pixel * (2**k - 1) / 2
         transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [1.0 if axis == "c" else size for axis in axes]}]
         if k:
@@ -997,7 +1156,7 @@ def _multiscales(plan: StorePlan, axes: list[str], name: str) -> dict[str, Any]:
         "datasets": datasets,
         "type": "mean" if "c" in axes else "nearest",
     }
-    if plan.ngff == "0.4":
+    if ngff == "0.4":
         multiscales["version"] = "0.4"
     return multiscales
 
@@ -1089,25 +1248,25 @@ _ANSWERS = ("scales", "features", "head_weight", "head_bias")
 
 def _write_manifest(folder: Path, counts: Mapping[str, Any], expected: set[str]) -> tuple[int, int]:
     """Digests every file of a finished store; (files, bytes), the manifest's own included."""
-    files = {file.relative_to(folder).as_posix(): _digest(file) for file in _files(folder)}
+    files = {file.relative_to(folder).as_posix(): digest(file) for file in _files(folder)}
     lost = [name for name in sorted(expected) if name not in files or not files[name]["bytes"]]
     if lost:
         raise StoreError(
             f"{len(lost)} files are gone again after they were written, the first is {lost[0]}; is the disk sound?"
         )
     content = {"wsiscale": "manifest", "schema": SCHEMA, **counts, "files": files}
-    text = _manifest_text(content)
+    text = manifest_text(content)
     (folder / MANIFEST).write_bytes(text)
     return len(files) + 1, sum(entry["bytes"] for entry in files.values()) + len(text)
 
 
-def _manifest_text(content: dict[str, Any]) -> bytes:
+def manifest_text(content: dict[str, Any]) -> bytes:
     """The manifest's bytes, its own digest last: they have one form only, so that no byte can change unseen."""
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": own}, indent=1).encode()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises FileNotFoundError, or ValueError where it is not as it was written."""
     try:
         raw = (folder / MANIFEST).read_bytes()
@@ -1117,7 +1276,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("not an object")
     own = content.pop("sha256", None)
-    if own is None or _manifest_text(content) != raw:
+    if own is None or manifest_text(content) != raw:
         raise ValueError("not its digest")
     return content
 
@@ -1126,7 +1285,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
 
 
-def _digest(file: Path) -> dict[str, Any]:
+def digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
         return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
@@ -1138,7 +1297,7 @@ def _compare(name: str, file: Path | None, entry: Mapping[str, Any]) -> Problem 
     try:
         size = file.stat().st_size
         if size == entry["bytes"]:
-            found = _digest(file)["sha256"]
+            found = digest(file)["sha256"]
             return (
                 None if found == entry["sha256"] else Problem(name, "altered", f"its SHA-256 is {found}, not {entry['sha256']}")
             )
@@ -1165,6 +1324,11 @@ def _our_attributes(folder: Path) -> dict[str, Any]:
     return dict(ours)
 
 
+def _label_names(root: zarr.Group) -> tuple[str, ...]:
+    attributes: dict[str, Any] = dict(_group(root, "labels").attrs)
+    return tuple(attributes.get("ome", attributes)["labels"])
+
+
 def _check_schema(folder: Path, schema: object) -> None:
     if schema != SCHEMA:
         raise StoreError(
@@ -1188,7 +1352,7 @@ def _group(group: zarr.Group, name: str) -> zarr.Group:
 
 
 @contextmanager
-def _growing(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator[Path]:
+def growing(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator[Path]:
     """The folder to write to, which becomes `path` at the end; after an error it goes once nothing is written any more."""
     with published(path, overwrite=overwrite, durable=durable) as temporary:
         try:

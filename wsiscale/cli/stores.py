@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from wsiscale.cli.options import DONE, FAILED, Json, print_json
+from wsiscale.publishing import in_bytes
 
 
 def verify(
@@ -27,6 +29,38 @@ def verify(
             print(f"{problem.path}: {problem.what}")
         print(f"{store}: " + (f"{len(report.problems)} problems" if report.problems else f"whole, {report.files} files"))
     return FAILED if report.problems else DONE
+
+
+def export(
+    store: Annotated[
+        Path, typer.Argument(help="an OME-Zarr that wsiscale wrote; for tables also the folder of a cohort", metavar="STORE")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="trident-h5, clam-h5, qupath-geojson, ome-tiff, spatialdata, webdataset, wsi-mpp-csv or hs2p-csv",
+            metavar="FORMAT",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the file, or folder, to write")],
+    slides: Annotated[Path | None, typer.Option(help="the folder that a table names the slides in")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
+    as_json: Json = False,
+) -> int:
+    """Write a store as what other tools read; what their format cannot say is said on stderr.
+
+    Example: wsiscale export slide.ome.zarr --to trident-h5 -o slide_patches.h5
+    """
+    from wsiscale.export import export_store
+
+    summary = export_store(store, output, to=to, slides=slides, overwrite=overwrite)
+    for note in summary.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        print_json({"store": str(store), **summary.as_record()})
+    else:
+        print(f"{output}: {summary.format}, {in_bytes(summary.bytes)}, {summary.seconds:.1f} s")
+    return DONE
 
 
 def doctor(as_json: Json = False) -> int:

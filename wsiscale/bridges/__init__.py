@@ -1,0 +1,1 @@
+"""Stores as the objects of other libraries: one file a library, imported by those who have it."""
