@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from wsiscale.cohort.one_slide import read_record
 from wsiscale.cohort.records import COLUMNS, STATUSES, WENT_WRONG, row_of
 from wsiscale.errors import StoreError
+from wsiscale.publishing import in_bytes
 from wsiscale.report.figures import estimates_plot, tags_plot
 from wsiscale.report.pages import number, write_page
 from wsiscale.report.slide import REASONS
@@ -223,10 +224,17 @@ def _tags_plot(both: Sequence[dict[str, Any]]) -> Any:
 def _totals(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     names = ("tiles", "failed_tiles", "megapixels", "bytes", "seconds", "forwards")
     total = {name: sum(row[name] or 0 for row in rows) for name in names}
-    size = f"{number(total['megapixels'])} megapixels, {number(total['bytes'] / 1e9)} GB"
+    size = f"{number(total['megapixels'])} megapixels, {in_bytes(total['bytes'])}"
     yield "Written", f"{number(total['tiles'])} tiles, {size}"
     if total["failed_tiles"]:
         yield "Damaged", f"{number(total['failed_tiles'])} tiles, which are white"
     yield "Asked", f"{number(total['forwards'])} tiles of the network"
     each = f", {number(total['seconds'] / len(rows))} s a slide" if rows else ""
-    yield "Worked", f"{number(total['seconds'] / 3600)} worker-hours{each}"
+    yield "Worked", f"{_duration(total['seconds'])} of all workers{each}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{number(seconds / length)} {unit}"
+    return f"{number(seconds)} s"

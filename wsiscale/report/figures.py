@@ -173,9 +173,9 @@ def _bins(low: float, high: float, *, per_octave: int) -> Floats:
 _TICKS = (
     tuple(2.0**octave for octave in range(-5, 12)),  # 0.25, 0.5, 1: how the field counts
     tuple(float(f"{digit}e{power}") for power in range(-3, 5) for digit in (1, 1.5, 2, 3, 4, 5, 6, 8)),
-    tuple(float(f"{digit}e{power}") for power in range(-3, 5) for digit in np.arange(1, 10, 0.25)),
+    *(tuple(float(f"{d}e{power}") for power in range(-3, 5) for d in np.arange(1, 10, step)) for step in (0.5, 0.25, 0.1)),
 )
-_FEWEST_TICKS, _MOST_TICKS = 3, 8
+_FEWEST_TICKS = 3
 
 
 def _octaves(axes: Axes, low: float, high: float, *, ticks: Sequence[float] | None = None, vertical: bool = False) -> None:
@@ -188,7 +188,8 @@ def _octaves(axes: Axes, low: float, high: float, *, ticks: Sequence[float] | No
         shown = [tick for tick in some if low / room <= tick <= high * room]
         if len(shown) >= _FEWEST_TICKS:
             break
-    shown = shown[:: -(-len(shown) // _MOST_TICKS) or 1]
+    most = 8 if axes.figure.get_figure(root=True).get_figwidth() > 4 else 5
+    shown = shown[:: max(1, -(-len(shown) // most))]
     axis.set_major_locator(FixedLocator(shown))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")

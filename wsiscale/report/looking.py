@@ -212,11 +212,11 @@ def nuclei_at(slide: Reader, centers: NDArray[np.float64], *, mpp: float | None,
 
 
 def _inside(centers: NDArray[np.float64], pyramid: Pyramid, field: float) -> NDArray[np.float64]:
-    """Places whose widest field lies within the scan first, else in their order."""
+    """Places in the order of how far their field, so many level-0 px wide, reaches beyond the scan; else as they are."""
     y, x, height, width = pyramid.scanned
     low, high = np.array([y, x]) + field / 2, np.array([y + height, x + width]) - field / 2
-    outside = ~((centers >= low) & (centers <= high)).all(axis=1)
-    return centers[np.argsort(outside, kind="stable")]
+    beyond = np.maximum(np.maximum(low - centers, centers - high), 0).sum(axis=1)
+    return centers[np.argsort(beyond, kind="stable")]
 
 
 def _field(pixels: NDArray[np.uint8], answer: NDArray[np.float32] | None, *, segments: bool) -> Field:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wsiscale.criteria import find_criterion
 from wsiscale.estimation import as_record
-from wsiscale.judging import place_scores
+from wsiscale.judging import named, place_scores
 from wsiscale.profile import TAG_MARGIN, Registration, beyond
 from wsiscale.report.figures import Mark, Plot, nuclei_plot, score_plot
 from wsiscale.report.looking import (
@@ -73,6 +73,7 @@ _NARROW, _WIDE = 0.3, 1.0  # octaves of an interval
 _BARS = tuple(float(f"{digit}e{power}") for power in range(-1, 5) for digit in (1, 2, 5))
 _FRACTIONS = {0.25: "¼", 0.5: "½"}
 _CLASSES = 3  # bars a field
+_ELSEWHERE = 0.5  # octaves between the answer and the curve's own peak that are worth a word
 _TOLD = 0.25  # octaves around the answer in which a place's vote counts as for it
 
 
@@ -154,7 +155,12 @@ def _warnings(estimate: ScaleEstimate) -> Iterator[str]:
     found = estimate.registration
     if found is not None and _contradicts(found):
         tag = f"{number(found.claimed)} µm/px by the tag"
-        yield f"The tissue contradicts the metadata: {tag}, {_by_tissue(found)} by the tissue."
+        yield f"The tissue contradicts the metadata: {tag}, {_by_tissue(found)} by the tissue. One of them is wrong."
+    if estimate.scale is not None and estimate.curve is not None:
+        own = float(estimate.curve.scales[np.nanargmax(estimate.curve.score)])
+        if abs(math.log2(own / estimate.scale)) > _ELSEWHERE:
+            apart = f"{abs(math.log2(own / estimate.scale)):.1f} octaves from the answer, which goes by the network's profile"
+            yield f"The slide's own curve is best at {named(own, estimate.slide_mpp)}, {apart}."
     if estimate.mpp_source == "estimated":
         yield "The slide's µm/px is estimated from its tissue; every µm on this page rests on that."
     for note in estimate.notes:
