@@ -44,7 +44,7 @@ def main() -> None:
         take(browser, sample, "slide", width=1200, height=1290)
         take(browser, sample, "network", width=1200, height=1500, at="What the network answers there")
         take(browser, sample, "check", width=1200, height=900, at="The slide", scheme="dark")
-        take(browser, here / "contradicted.svs.html", "contradicted", width=1200, height=340)
+        take(browser, here / "contradicted.svs.html", "contradicted", width=1200, height=420)
         take(browser, cohort, "cohort", width=1600, height=1240)
         take(browser, cohort, "table", width=1600, height=700, at="All slides", scheme="dark")
         take(browser, sample, "narrow", width=400, height=900)

@@ -200,10 +200,16 @@ def test_five_thousand_slides_sort_and_filter(browser: Any, tmp_path: Path) -> N
 
     with shown(browser, write_cohort_page(tmp_path), width=400) as page:
         head(page, "Tiles").get_by_role("button").click()
-        filled = [float("".join(text.split())) for text in cells(page, 10) if text]
+        first = [float("".join(text.split())) for text in cells(page, 10) if text]
+        assert page.locator("#shown").inner_text() == "the first 500 of 5000 slides"
+        page.get_by_role("button", name="Show all").click()
+        every = [float("".join(text.split())) for text in cells(page, 10) if text]
         page.get_by_label("Find").fill("s4999")
         assert cells(page, 0) == ["s4999"]
-    assert filled == sorted(filled)
+    assert len(first) == 500
+    assert len(every) == 4997  # three have none
+    assert every == sorted(every)
+    assert first == every[:500]
 
 
 @pytest.mark.slow

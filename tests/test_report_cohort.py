@@ -162,7 +162,7 @@ def test_five_thousand_slides_are_a_page_of_some_megabytes(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {"id": "one", "path": str(small_slide(tmp_path_factory.mktemp("slides") / "one.svs"))}
+    return {"id": "one", "path": str(small_slide(tmp_path_factory.mktemp("slides") / "one.svs", side=600))}
 
 
 @pytest.fixture
@@ -216,6 +216,7 @@ def test_a_page_that_cannot_be_written_is_noted_and_costs_nothing(
     assert len(estimates) == 1
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_page_does_not_hide(slide: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")

@@ -2,9 +2,11 @@
 (() => {
   const table = document.getElementById("slides");
   const body = table.tBodies[0];
-  const rows = Array.from(body.rows);
+  let rows = Array.from(body.rows);  // in the order in which they are shown
   const heads = Array.from(table.tHead.rows[0].cells);
   const shown = document.getElementById("shown");
+  const more = document.getElementById("more");
+  let most = 500;  // rows that are shown at once: laying out thousands takes seconds
   const find = document.getElementById("find");
   const picks = Array.from(document.querySelectorAll("select[data-column]"));
   const words = new Intl.Collator("en", { numeric: true });
@@ -27,25 +29,32 @@
         if (a.empty || b.empty) return a.empty - b.empty;
         return sign * (numeric ? a.key - b.key : words.compare(a.key, b.key));
       });
+      rows = keyed.map(({ row }) => row);
       const sorted = document.createDocumentFragment();
-      keyed.forEach(({ row }) => sorted.append(row));
+      sorted.append(...rows);
+      filter();
       body.append(sorted);
     });
   });
 
-  const filter = () => {
+  function filter() {
     const sought = find.value.trim().toLowerCase();
     const wanted = picks.filter((pick) => pick.value !== "").map((pick) => [Number(pick.dataset.column), pick.value]);
     let count = 0;
     rows.forEach((row) => {
       const fits = wanted.every(([column, value]) => text(row, column) === value) && row.textContent.toLowerCase().includes(sought);
-      row.hidden = !fits;
       count += fits;
+      row.hidden = !fits || count > most;
     });
-    shown.textContent = `${count} of ${rows.length} slides`;
-  };
+    more.hidden = count <= most;
+    shown.textContent = count > most ? `the first ${most} of ${count} slides` : `${count} of ${rows.length} slides`;
+  }
   find.addEventListener("input", filter);
   picks.forEach((pick) => pick.addEventListener("change", filter));
+  more.addEventListener("click", () => {
+    most = Infinity;
+    filter();
+  });
   document.getElementById("filters").hidden = false;
   filter();
 })();
