@@ -253,7 +253,21 @@ def test_cards_lists_what_comes_along(cli: Any) -> None:
 
 
 def test_every_command_has_help_with_an_example(cli: Any) -> None:
-    for verb in ("info", "tissue", "estimate", "stack", "tile", "profile", "calibrate", "verify", "cards", "doctor"):
+    verbs = (
+        "info",
+        "tissue",
+        "estimate",
+        "stack",
+        "tile",
+        "run",
+        "profile",
+        "calibrate",
+        "verify",
+        "report",
+        "cards",
+        "doctor",
+    )
+    for verb in verbs:
         code, out, _ = cli(verb, "--help")
         assert code == 0
         assert f"wsiscale {verb}" in out

@@ -115,6 +115,20 @@ def respond(
     return referring(replace(plain, views=responses, agreement=agreement), network.card)
 
 
+def class_maps(network: Network, tiles: NDArray[np.uint8], *, device: str = "auto") -> NDArray[np.float32] | None:
+    """The softmax of each of (B, H, W, 3) tiles, (B, C, h, w): what `respond` pools and does not keep, for looking at.
+
+    h and w are 1 for classifiers; None for networks that give features alone.
+    """
+    target = choose_device(device)
+    module = network.module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dtype = _autocast_dtype("auto", target, module)
+    with evaluating(module), torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
+        plan = plan_of(network, tiles.shape[1], tiles.shape[2], "none")
+        maps = [_forward(network, plan, torch.from_numpy(tile[None]).to(target))[1] for tile in tiles]
+    return None if plan.output == "features" else np.concatenate([m.cpu().numpy() for m in maps if m is not None])
+
+
 def response_bytes(network: Network, *, places: int, scales: int, views: int = 0, layers: str | Sequence[str] = "auto") -> int:
     """How much memory `respond` will fill. Watching every BatchNorm input of a large network is most of it."""
     with evaluating(network.module), torch.inference_mode():

@@ -86,6 +86,7 @@ def estimate(
     reuse: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    answered: Callable[[SavedResponse], None] | None = None,
 ) -> ScaleEstimate:
     """The scale at which `network` works best on the tissue of `slide`, or a named abstention.
 
@@ -97,7 +98,8 @@ def estimate(
     Without `places` it is `default_places` of the tile size, at most. The search is coarse to fine, and stops adding places
     once the 90 % interval is within `precision` octaves on either side of the answer; with None every one of `places` is
     looked at at every scale. `keep` writes what the network answered to a folder; `reuse` reads it back and asks the network
-    nothing. With `overwrite` `keep` replaces an older one.
+    nothing. With `overwrite` `keep` replaces an older one. `answered` hears what the network answered, and where, before it is
+    let go; not where there is no tissue to ask about.
 
     `profile` is the network's memory of other slides (docs/profiles.md): a Profile, a card that holds one, None for none, or
     "auto", the one in the network's own card if it is of this network, tile size and criterion. The slide is registered to it,
@@ -216,6 +218,8 @@ def estimate(
         if known is not None and registration is not None:
             made_of["registration"] = {"profile": profile_digest(known), **registration_record(registration)}
         write_response(keep, SavedResponse(found.response, centers, found.guard, made_of), overwrite=overwrite)
+    if answered is not None:
+        answered(SavedResponse(found.response, centers, found.guard, made_of))
     result = replace(
         found.estimate,
         layers=tuple(found.response.layers),

@@ -55,7 +55,7 @@ def estimate_response(
 
 
 def judged(response: ScaleResponse, rule: Criterion, *, guard: ScaleResponse | None, seed: int) -> Judged:
-    rows = rule.rows(response) if rule.rows is not None else _score_places(response, rule)[None]  # (K, N, S)
+    rows = rule.rows(response) if rule.rows is not None else place_scores(response, rule)[None]  # (K, N, S)
     finite = np.asarray(np.isfinite(rows).all(axis=(0, 2)))
     if response.outputs is not None:  # which not every part of a sum looks at
         finite &= np.isfinite(response.outputs.confidence).all(axis=1)
@@ -183,8 +183,8 @@ def named(scale: float, mpp: float | None) -> str:
     return f"{scale * mpp:.3g} µm/px" if mpp is not None else f"scale {scale:.3g}"
 
 
-def _score_places(response: ScaleResponse, rule: Criterion) -> NDArray[np.float64]:
-    """(N, S): the criterion on each place alone, or what the place adds to it."""
+def place_scores(response: ScaleResponse, rule: Criterion) -> NDArray[np.float64]:
+    """(N, S): the criterion on each place alone, or what the place adds to it; NaN where a place's answers are not finite."""
     if response.places == 0:
         return np.empty((0, len(response.scales)))
     if rule.rows is not None:
@@ -300,8 +300,8 @@ def _lacks_structure(guard: ScaleResponse, rule: Criterion, rng: np.random.Gener
     if not own and guard.outputs is None:
         return False
     judge = rule if own else find_criterion("confidence")
-    seen = _score_places(guard, judge)
-    null = _score_places(replace(scrambled, views={STRUCTURE_VIEW: scrambled}), judge)
+    seen = place_scores(guard, judge)
+    null = place_scores(replace(scrambled, views={STRUCTURE_VIEW: scrambled}), judge)
     finite = np.isfinite(seen).all(axis=1) & np.isfinite(null).all(axis=1)
     if not finite.any():
         return False  # of shuffled tiles the criterion has nothing to say: what it says comes from their arrangement

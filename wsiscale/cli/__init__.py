@@ -32,7 +32,7 @@ for verb in (
     *(slides.info, slides.mpp, slides.tissue, slides.estimate, slides.stack, slides.tile),
     *(cohorts.run,),
     *(models.profile, models.calibrate, models.cards),
-    *(stores.verify, stores.export, stores.doctor),
+    *(stores.verify, stores.export, stores.report, stores.doctor),
 ):
     app.command()(verb)
 

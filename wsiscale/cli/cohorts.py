@@ -71,13 +71,16 @@ def run(
     retry: Annotated[bool, typer.Option("--retry", help="slides that ended without a store, too")] = False,
     time_limit: Annotated[float, typer.Option(help="seconds for one slide")] = 3600,
     memory_limit: Annotated[float | None, typer.Option(help="GB for a slide that has killed its worker, tried alone")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="a page about each slide, and one about all, in OUTPUT/report")
+    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> int:
     """Estimate and write a whole cohort; run it again to go on where it stopped. Exit code 1 where a slide failed.
 
-    Example: wsiscale run 'slides/*.svs' -o out --workers 4
+    Example: wsiscale run 'slides/*.svs' -o out --workers 4 --report
     """
     from wsiscale.cohort.engine import run_cohort
     from wsiscale.cohort.one_slide import RunOptions
@@ -110,11 +113,16 @@ def run(
         time_limit=time_limit,
         memory_limit=memory_limit,
         retry=retry,
+        report=report,
     )
     specs = read_cohort(cohort)
     specs = specs if shard is None else shard_of(specs, shard)
     with _running(len(specs)) as told:
         summary = run_cohort(specs, output, options, client=scheduler, workers=workers, whole=shard is None, told=told)
+    if report:
+        from wsiscale.report.cohort import write_cohort_page
+
+        print(write_cohort_page(output), file=sys.stderr)
     if as_json:
         print_json({"out": str(summary.out), "counts": dict(summary.counts), "seconds": round(summary.seconds, 1)})
     else:

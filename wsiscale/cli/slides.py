@@ -53,6 +53,8 @@ from wsiscale.cli.options import (
 from wsiscale.errors import OptionError
 
 if TYPE_CHECKING:
+    from wsiscale.networks import Network
+    from wsiscale.responses import SavedResponse
     from wsiscale.slide_mpp import SlideMpp as FoundMpp
     from wsiscale.types import Reader, ScaleEstimate
 
@@ -188,28 +190,34 @@ def estimate(
     keep: Keep = None,
     reuse: Reuse = None,
     overwrite: Annotated[bool, typer.Option(help="replace what stands at --keep")] = False,
+    report: Annotated[Path | None, typer.Option(help="folder for a page about this slide, SLIDE.html", metavar="DIR")] = None,
     timing: Annotated[bool, typer.Option("--timing", help="say where the time went, on stderr")] = False,
     as_json: Json = False,
 ) -> int:
     """The µm/px at which the network works best on this slide, or a named reason why that cannot be said (exit code 3).
 
-    Example: wsiscale estimate slide.svs --model nets.py:factory
+    Example: wsiscale estimate slide.svs --model nets.py:factory --report pages
     """
     from wsiscale.estimation import as_record
+    from wsiscale.networks import load_network
     from wsiscale.timing import watch
 
     started = time.perf_counter()
+    answers: list[SavedResponse] = []
     with open_asked(slide, slide_mpp, mpp_csv, reader) as opened, ExitStack() as watched:
+        page = None if report is None else report / f"{opened.source.name}.html"
+        if report is not None:
+            from wsiscale.report.pages import make_folder
+
+            make_folder(report)
         spent = watched.enter_context(watch()) if timing else {}  # on a GPU, watching costs waiting
+        network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
         result = _estimate(
             opened,
-            model=model,
-            weights=weights,
-            trust_model=trust_model,
+            network,
             criterion=criterion,
             mpp_range=parse_range(mpp_range, "--mpp-range"),
             scale_range=parse_range(scale_range, "--scale-range"),
-            tile_size=tile_size,
             places=places,
             max_upsample=max_upsample,
             precision=precision or None,
@@ -222,13 +230,21 @@ def estimate(
             keep=keep,
             reuse=reuse,
             overwrite=overwrite,
+            answered=answers.append,
         )
-    if timing:
-        _print_timing(spent, time.perf_counter() - started)
-    if as_json:
-        print_json(as_record(result))
-    else:
-        print(_sentence(result))
+        watched.close()
+        if timing:
+            _print_timing(spent, time.perf_counter() - started)
+        if as_json:
+            print_json(as_record(result))
+        else:
+            print(_sentence(result))
+        if page is not None:
+            from wsiscale.report.slide import write_slide_page
+
+            heard = answers[0] if answers else None
+            write_slide_page(page, opened, network, result, heard, detector=detector, device=device)
+            print(page, file=sys.stderr)
     return ABSTAINED if result.abstained is not None else DONE
 
 
@@ -320,16 +336,14 @@ def tile(
         target = parse_mpp(mpp)
         if mpp == "auto":
             from wsiscale.estimation import as_record  # half of a second, which only this needs
+            from wsiscale.networks import load_network
 
             found = _estimate(
                 opened,
-                model=model,
-                weights=weights,
-                trust_model=trust_model,
+                load_network(model, weights=weights, trust_model=trust_model),
                 criterion=criterion,
                 mpp_range=parse_range(mpp_range, "--mpp-range"),
                 scale_range=parse_range(scale_range, "--scale-range"),
-                tile_size=None,
                 places=places,
                 max_upsample=max_upsample,
                 detector=detector,
@@ -414,13 +428,9 @@ def _describe(slide: Reader) -> dict[str, Any]:
     }
 
 
-def _estimate(
-    opened: Reader, *, model: str | None, weights: Path | None, trust_model: bool, tile_size: int | None, **options: Any
-) -> ScaleEstimate:
+def _estimate(opened: Reader, network: Network, **options: Any) -> ScaleEstimate:
     from wsiscale.estimation import estimate
-    from wsiscale.networks import load_network
 
-    network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
     with progress_bar("tiles") as progress:
         return estimate(opened, network, progress=progress, **options)
 

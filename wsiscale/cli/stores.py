@@ -63,6 +63,23 @@ def export(
     return DONE
 
 
+def report(
+    out: Annotated[Path, typer.Argument(help="the folder that wsiscale run wrote", metavar="OUT")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="folder for index.html (none: OUT/report)", metavar="DIR")
+    ] = None,
+) -> None:
+    """One page about a cohort: estimates, outliers, conflicts of metadata, and a table of all slides to sort and filter.
+
+    It needs the manifest and the records alone, and links to the slides' own pages where `run --report` wrote them.
+
+    Example: wsiscale report out -o pages
+    """
+    from wsiscale.report.cohort import write_cohort_page
+
+    print(write_cohort_page(out, output))
+
+
 def doctor(as_json: Json = False) -> int:
     """Check the installation, and say what to do about what is found.
 

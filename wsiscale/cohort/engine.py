@@ -97,7 +97,10 @@ def run_cohort(
     options = RunOptions() if options is None else options
     folder = Path(os.path.abspath(out))
     check_writable(folder)
-    for partial in folder.glob("slides/*.partial"):  # of a process that was killed, unless somebody is at it now
+    for partial in (
+        *folder.glob("slides/*.partial"),
+        *folder.glob("report/**/*.partial"),
+    ):  # of a process that was killed, unless somebody is at it now
         if time.time() - partial.stat().st_mtime > STARTING:
             partial.unlink(missing_ok=True)
     started = time.perf_counter()

@@ -1,8 +1,9 @@
 """One slide of a cohort, start to end: `process_slide(spec, options, out) -> dict`, without dask, for whatever calls it.
 
 What it is asked and what it answers is plain JSON. The answer also lies in OUT/slides/ID.json, the pixels in
-OUT/stores/ID.ome.zarr, what was said on the way in OUT/logs/ID.log. Done is what these two say was made of the same options
-and the same slide; there is no other book.
+OUT/stores/ID.ome.zarr, what was said on the way in OUT/logs/ID.log, and a page about it, if it is asked for, in
+OUT/report/slides/ID.html. Done is what record and store say was made of the same options and the same slide; there is no other
+book.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from wsiscale.networks import Network
     from wsiscale.profile import Profile
     from wsiscale.readers.files import FileReader
+    from wsiscale.responses import SavedResponse
     from wsiscale.types import Reader, ScaleEstimate
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,16 @@ WRITTEN = ("ok", "partial")
 FINISHED = (*WRITTEN, "no_tissue", "abstained", "bad_input")  # the same again would come of the same slide and options
 _PART = 65_536  # bytes of a file's start, middle and end that tell it from another
 
-_WITHOUT_SAY = ("device", "batch_size", "threads", "time_limit", "memory_limit", "retry", "durable")  # in what comes out
+_WITHOUT_SAY = (
+    "device",
+    "batch_size",
+    "threads",
+    "time_limit",
+    "memory_limit",
+    "retry",
+    "durable",
+    "report",
+)  # in what comes out
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class RunOptions:
     memory_limit: float | None = None  # GB for one slide, where it is worked on alone
     retry: bool = False  # slides that ended without a store, too
     durable: bool = False  # stores and records outlive a power cut
+    report: bool = False  # a page about the slide
 
     def __post_init__(self) -> None:
         policy, _, value = self.on_abstain.partition(":")
@@ -138,7 +150,7 @@ def estimate_slide(
             record |= previous | {"resumed": True}
             return
         with opened_slide(spec, options) as slide:
-            record |= _estimated(slide, spec, options)
+            record |= _estimated(slide, spec, options, folder)
             record["reads"] = slide.reads
 
     before = {"schema": SCHEMA, "id": spec.id, "slide": Path(spec.path).name, "resumed": False}
@@ -202,9 +214,18 @@ def _previous(spec: SlideSpec, options: RunOptions, out: Path, made_of: Mapping[
     record = read_record(out, spec.id)
     if record is None or record.get("made_of") != made_of or record["status"] not in FINISHED:
         return None
+    if options.report and not _has_page(record, out):
+        return None
     if record["status"] not in WRITTEN:
         return None if options.retry else record
     return record if _store_made_of(store_path(out, spec.id)) == made_of else None
+
+
+def _has_page(record: Mapping[str, Any], out: Path) -> bool:
+    """Whether the slide's page is there; also of a slide that cannot have one."""
+    if "estimate" not in record or "no_page" in record:
+        return True
+    return "page" in record and Path(out, record["page"]).is_file()
 
 
 def _store_made_of(path: Path) -> Any:
@@ -263,10 +284,11 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  which
 # Working
 
 
-def _estimated(slide: Reader, spec: SlideSpec, options: RunOptions) -> dict[str, Any]:
+def _estimated(slide: Reader, spec: SlideSpec, options: RunOptions, out: Path) -> dict[str, Any]:
     from wsiscale.estimation import as_record, estimate
 
     network = loaded_network(options)
+    answers: list[SavedResponse] = []
     found = estimate(
         slide,
         network,
@@ -281,11 +303,16 @@ def _estimated(slide: Reader, spec: SlideSpec, options: RunOptions) -> dict[str,
         seed=options.seed,
         profile=_profile(spec, options),
         trust_tag=options.trust_tag,
+        answered=answers.append if options.report else None,
     )
     answer = as_record(found)
     result: dict[str, Any] = {"status": "estimated", "estimate": answer, "mpp_source": found.mpp_source}
     result |= {"slide_mpp": found.slide_mpp, "ci90": answer["ci90"], "forwards": found.forwards}
     result |= _tissue_says(found)
+    if options.report:
+        page = f"report/slides/{spec.id}.html"
+        why = _unreported(out / page, slide, network, found, answers, options)
+        result |= {"page": page} if why is None else {"no_page": why}
     if found.abstained is not None:
         result |= {"code": found.abstained.reason, "message": found.abstained.detail}
         policy = options.on_abstain.partition(":")[0]
@@ -295,6 +322,22 @@ def _estimated(slide: Reader, spec: SlideSpec, options: RunOptions) -> dict[str,
             return {**result, "status": "abstained"}
         return {**result, "mpp": fixed_mpp(options.on_abstain), "chosen_by": options.on_abstain}
     return {**result, **_target(found)}
+
+
+def _unreported(
+    page: Path, slide: Reader, network: Network, found: ScaleEstimate, answers: list[SavedResponse], options: RunOptions
+) -> str | None:
+    """Writes the slide's page, or says why it cannot be written, which is not the slide's misfortune."""
+    from wsiscale.report.slide import write_slide_page
+
+    heard = answers[0] if answers else None
+    try:
+        write_slide_page(page, slide, network, found, heard, detector=options.detector, device=options.device)
+    except (SlideError, StoreError, MemoryError) as error:
+        why = " ".join(str(error).split())
+        log.warning("the slide has no page: %s", why)
+        return why
+    return None
 
 
 def _profile(spec: SlideSpec, options: RunOptions) -> Profile | str | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+
+from wsiscale.publishing import replacing
 
 STATUSES = ("ok", "partial", "no_tissue", "abstained", "bad_input", "failed", "killed", "locked", "missing")
 WENT_WRONG = ("bad_input", "failed", "killed", "locked", "missing")
@@ -98,7 +98,7 @@ def write_results(
 ) -> CohortSummary:
     """manifest.csv, manifest.jsonl and summary.md from the slides' records, each file whole or not at all."""
     seen = _Seen()
-    with _replacing(out / "manifest.csv") as table, _replacing(out / "manifest.jsonl") as lines:
+    with replacing(out / "manifest.csv") as table, replacing(out / "manifest.jsonl") as lines:
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for record in records:
@@ -108,7 +108,7 @@ def write_results(
             lines.write(json.dumps(row, allow_nan=False) + "\n")
     counts = {status: seen.counts[status] for status in STATUSES if seen.counts[status]}
     summary = CohortSummary(out, counts, len(seen.conflicts), done, resumed, seconds, profile)
-    with _replacing(out / "summary.md") as file:
+    with replacing(out / "summary.md") as file:
         file.write("\n".join(_summary(summary, seen)) + "\n")
     return summary
 
@@ -155,15 +155,3 @@ def _summary(summary: CohortSummary, seen: _Seen) -> Iterator[str]:
 
 def _cell(value: object) -> str:
     return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    """A file that becomes `path` once it is whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
