@@ -12,7 +12,9 @@ import argparse
 import os
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import wsiscale as ws
 from benchmarks.recovery.photos import imagenet_network
 from benchmarks.recovery.real import MONUSEG, MONUSEG_OTHER_MPP, _monuseg, _rgb, monuseg_mpp
 from wsiscale.figures import passing_by_chance, passing_channels, probe_figure, response_to_image
-from wsiscale.networks import Network, load_network
+from wsiscale.networks import Network
 from wsiscale.nuclear_area import cohen_kappa, magnification_kappa, mean_nuclear_area
 from wsiscale.probe import Layer, Probe, folds, probe_answers
 from wsiscale.ridge import fit_ridges
@@ -50,14 +52,12 @@ def slides(data: Path) -> Iterator[ws.Reader]:
 
 
 def network(name: str, data: Path) -> Network:
-    """The trunk, up to what its classifier would get."""
+    """The trunk, up to what its classifier would get, its layers by torchvision's names."""
     trunk = imagenet_network(name, data / "weights", tile_size=TILE)
-    if name == "vgg16":
-        return trunk
-    # torchvision's DenseNet has its last ReLU outside of its trunk.
-    return load_network(
-        nn.Sequential(trunk.module, nn.ReLU()), name=name, tile_size=TILE, mean=trunk.mean, std=trunk.std, output="features"
-    )
+    parts = OrderedDict(features=trunk.module)
+    if name == "densenet121":  # torchvision has its last ReLU outside of the trunk
+        parts["relu"] = nn.ReLU()
+    return replace(trunk, module=nn.Sequential(parts).eval())
 
 
 def main() -> None:

@@ -80,6 +80,8 @@ def test_tiles_of_an_image_are_nested_on_its_centre_and_mirrored_beyond() -> Non
         assert tile[:, :7].max() == 90
         assert tile[9:, :7].max() == 0
         assert tile[9:, 9:].min() == 200
+    right = tiles_of(picture, size=16, scales=[1], center=(20, 44))[0]
+    assert (right == (90, 200, 200)).all()
     # Beyond the edge the mirror image: bright inside, dark on the far side.
     np.testing.assert_array_equal(tiles[3][12, [0, 3, 4, 7, 8, 11, 12, 15], 1], [0, 0, 0, 0, 200, 200, 200, 200])
 

@@ -40,11 +40,11 @@ def probe_figure(probe: Probe, *, title: str | None = None) -> Figure:
     depth = np.array([layer.depth for layer in probe.layers])
     r2 = np.array([layer.r2 for layer in probe.layers])
     # Least squares go far below zero, where there is nothing to read.
-    floor = max(-1.0, min(-0.15, float(r2.min())))
+    shuffled = np.array([layer.shuffled for layer in probe.layers])
+    floor = max(-1.0, min(float(r2.min()), float(shuffled.min())) - 0.1)
     random = [layer.random for layer in probe.layers if layer.random is not None]
     if random:
         axes.fill_between(depth, floor, np.maximum(random, floor), color=PALE, alpha=0.35, lw=0, label="random weights")
-    shuffled = np.array([layer.shuffled for layer in probe.layers])
     axes.fill_between(depth, floor, np.clip(shuffled, floor, 1), color=PALE, alpha=0.8, lw=0, label="shuffled targets")
     lo, hi = ([getattr(layer, name) for layer in probe.layers] for name in ("lo", "hi"))
     axes.fill_between(depth, np.maximum(lo, floor), np.maximum(hi, floor), color=INK, alpha=0.2, lw=0)
@@ -62,7 +62,7 @@ def probe_figure(probe: Probe, *, title: str | None = None) -> Figure:
     )
     axes.set(xlim=(0, 1), ylim=(floor, 1.02), xlabel="depth: first layer to last", ylabel="held-out R² of scale")
     axes.set_title(probe.model if title is None else title, loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right" if cut.depth < 0.6 else "lower left", bbox_to_anchor=None)
+    axes.legend(frameon=False, fontsize=8, loc="lower right" if cut.depth < 0.6 else "lower left")
     return figure
 
 
