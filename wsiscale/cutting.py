@@ -99,13 +99,11 @@ def cut_module(module: nn.Module, layer: str, *, tile_size: int, head: bool = Fa
     with evaluating(module), torch.inference_mode():
         whole = Network(module, type(module).__name__, tile_size=tile_size)
         (tap,) = plan_of(whole, tile_size, tile_size, [layer]).taps
-        cut = CutNetwork(module, tap, head=head)
-        weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-        noise = torch.rand(
-            (2, 3, tile_size, tile_size),
-            generator=torch.Generator().manual_seed(0),
-        ).to(weight.device, weight.dtype)
-        _let_go(cut, noise)
+    cut = CutNetwork(module, tap, head=head)
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    noise = torch.rand((2, 3, tile_size, tile_size), generator=torch.Generator().manual_seed(0))
+    with evaluating(module), torch.inference_mode():
+        _let_go(cut, noise.to(weight.device, weight.dtype))
     return cut
 
 

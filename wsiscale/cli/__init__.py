@@ -31,7 +31,7 @@ app = typer.Typer(
 for verb in (
     *(slides.info, slides.mpp, slides.tissue, slides.estimate, slides.stack, slides.tile),
     *(cohorts.run,),
-    *(models.profile, models.calibrate, models.cards),
+    *(models.profile, models.calibrate, models.probe, models.cards),
     *(stores.verify, stores.export, stores.report, stores.doctor),
 ):
     app.command()(verb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -157,6 +158,100 @@ def calibrate(
     print(f"{output}: reference of {made.tiles} tiles of {made.images} images{at}")
     errors = f"{made.distance_error:.2g} octave by their distance, by {made.ridge_error:.2g} by the ridge"
     print(f"  left-out images are off by {errors}")
+
+
+def probe(
+    slides: Annotated[list[str], typer.Argument(help="slides whose µm/px is right; three or more", metavar="SLIDES")],
+    model: Model = None,
+    weights: Weights = None,
+    trust_model: TrustModel = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="folder for probe.json and probe.png")] = None,
+    known_mpp: Annotated[float | None, typer.Option(help="µm/px of level 0 of all slides", metavar="UM")] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="least squares to µm/px itself, tiles split at random")
+    ] = False,
+    fit: Annotated[Path | None, typer.Option(help="model card to write, with µm/px from the layer to cut at")] = None,
+    cut: Annotated[Path | None, typer.Option(help="model card to write of the network up to that layer")] = None,
+    octaves: Annotated[float, typer.Option(help="how far beyond level 0 tiles are read again")] = 3.0,
+    factors: Annotated[int, typer.Option(help="scales that those octaves are read at")] = 12,
+    places: Annotated[int, typer.Option(help="places on tissue at each scale")] = 16,
+    tile_size: TileSize = None,
+    reader: ReaderName = "auto",
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    keep: Annotated[Path | None, typer.Option(help="folder for what the layers answer, to go on from")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace cards that are not --model's own")] = False,
+    as_json: Json = False,
+) -> None:
+    """Where a network keeps scale: how well each of its layers tells µm/px, and where to cut it (docs/probe.md).
+
+    Example: wsiscale probe *.svs --model nets.py:factory -o probed
+    """
+    from wsiscale.cutting import cut_network, save_cut
+    from wsiscale.networks import load_network, network_digest
+    from wsiscale.probe import fit_regressor, probe_slides, save_regressor
+    from wsiscale.reference_slides import card_fields
+
+    for card in (fit, cut):
+        if card is not None:
+            _check_card(card, model if card is fit else None, overwrite=overwrite, renewed="scale_regressor")
+    if fit is not None and cut is not None and fit.absolute() == cut.absolute():
+        raise OptionError(f"--fit and --cut are both {fit}; they are two networks, and need two cards")
+    if known_mpp is not None and not known_mpp > 0:
+        raise OptionError(f"--known-mpp is µm/px, above 0, not {known_mpp:g}")
+    network = load_network(model, weights=weights, tile_size=tile_size, trust_model=trust_model)
+    with progress_bar("slides") as progress:
+        done = 0
+
+        def told(name: str, left_out: str | None) -> None:
+            nonlocal done
+            done += 1
+            progress(done, len(slides))
+            if left_out is not None:
+                print(f"wsiscale: {name} is left out: {left_out}", file=sys.stderr)
+
+        found, answers = probe_slides(
+            slides,
+            network,
+            known_mpp=known_mpp,
+            as_published=as_published,
+            octaves=octaves,
+            factors=factors,
+            places=places,
+            reader=reader,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            keep=keep,
+            told=told,
+        )
+    record = found.as_record()
+    if fit is not None or cut is not None:
+        regressor = fit_regressor(
+            answers, found.prune_at, tile_size=network.tile_size, network=network_digest(network), seed=seed
+        )
+    if fit is not None:
+        fields = card_fields(network, model, weights, fit)
+        fields |= {name: network.card[name] for name in ("profile", "reference") if name in network.card}
+        save_regressor(regressor, fit, fields=fields)
+    if cut is not None:
+        save_cut(
+            cut_network(network, found.prune_at, regressor=regressor), cut, fields=card_fields(network, model, weights, cut)
+        )
+    if output is not None:
+        from wsiscale.figures import probe_figure
+
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "probe.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        probe_figure(found).savefig(output / "probe.png", dpi=150)
+    if as_json:
+        print_json(record)
+        return
+    print(found.sentence())
+    for card, what in ((fit, "µm/px from that layer"), (cut, "the network up to that layer")):
+        if card is not None:
+            print(f"{card}: {what}")
 
 
 def _check_card(output: Path, model: str | None, *, overwrite: bool, renewed: str) -> None:
