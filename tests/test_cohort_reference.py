@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster
 from wsiscale.cohort.engine import run_cohort
 from wsiscale.cohort.one_slide import RunOptions, process_slide
 from wsiscale.cohort.plan import SlideSpec, read_cohort
+from wsiscale.cohort.records import row_of
 from wsiscale.errors import OptionError, StoreError
 from wsiscale.networks import load_network
 from wsiscale.profile import load_profile, save_profile
@@ -130,6 +131,10 @@ def test_a_reference_slide_is_held_against_the_others_and_not_against_itself(
 
     assert known["tag"] == "conflicts"
     assert octaves(known["tissue_mpp"], 0.25) < 0.2
+    # The tag that is listed is the file's, and not what the slide was worked at (which it was where tags are not trusted).
+    distrusted = process_slide(SlideSpec("wrong", str(files[-1])), replace(held, trust_tag=False), tmp_path / "distrusted")
+    assert row_of(distrusted)["tag_mpp"] == 0.5
+    assert distrusted["slide_mpp"] == distrusted["tissue_mpp"]
     assert stranger["tag"] == "agrees"  # with what it was told of itself: the promise is one about names
     assert made.profile.without(4).slides == 4
 

@@ -22,6 +22,7 @@ COLUMNS = (
         "tissue_mpp",
         "tissue_low",
         "tissue_high",
+        "tag_mpp",
         "tag",
         "tiles",
         "failed_tiles",
@@ -90,7 +91,7 @@ class _Seen:
             self.needing.append(f"| {_cell(row['id'])} | {why} |")
         if row["tag"] == "conflicts":
             found = f"{row['tissue_mpp']:.3g} ({row['tissue_low']:.3g} to {row['tissue_high']:.3g})"
-            self.conflicts.append(f"| {_cell(row['id'])} | {row['slide_mpp']:.4g} | {found} |")
+            self.conflicts.append(f"| {_cell(row['id'])} | {row['tag_mpp']:.4g} | {found} |")
 
 
 def write_results(
