@@ -23,7 +23,7 @@ from PIL import Image
 from wsiscale.errors import StoreError
 from wsiscale.publishing import replacing
 
-_LARGEST = 448  # px a side of a picture on a page; larger tiles are shown smaller
+_LARGEST = 448  # px a side of a tile on a page, which has thirty of them and should stay below 3 MB
 _QUALITY = 86
 
 
@@ -60,10 +60,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
-def picture(pixels: NDArray[np.uint8]) -> Markup:
-    """(H, W, 3) as a data: address, JPEG, without any metadata."""
+def picture(pixels: NDArray[np.uint8], largest: int = _LARGEST) -> Markup:
+    """(H, W, 3) as a data: address, JPEG, without any metadata; made smaller where it has more than `largest` px a side."""
     image = Image.fromarray(pixels)
-    image.thumbnail((max(_LARGEST, 720), max(_LARGEST, 720)))
+    image.thumbnail((largest, largest))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
     return Markup("data:image/jpeg;base64,{}").format(base64.b64encode(file.getvalue()).decode())
