@@ -2,7 +2,7 @@
 
     python -m benchmarks.probe --data DIR [--cache DIR] [--networks densenet121,vgg16] [--out docs]
 
-17 images of known µm/px from three sources, each one slide, held out whole. Needs third-party images and weights. Answers are
+17 images of known µm/px from four sources, each one slide, held out whole. Needs third-party images and weights. Answers are
 cached one network and slide at a time: from nothing it takes half an hour on one core, from the cache half of that.
 """
 
