@@ -19,21 +19,17 @@ from wsiscale.cutting import cut_network, randomised
 from wsiscale.errors import ModelError, OptionError, ScaleError
 from wsiscale.networks import load_network, network_digest
 from wsiscale.nuclear_area import PUBLISHED_AREAS, cohen_kappa, magnification_kappa, mean_nuclear_area, nearest_class
-from wsiscale.probe import (
-    Answers,
-    Probe,
+from wsiscale.probe import Answers, Probe, ask_layers, probe_answers, probe_slides
+from wsiscale.readers.array import ArrayReader
+from wsiscale.regressor import (
     ScaleRegressor,
-    ask_layers,
     fit_regressor,
     load_regressor,
     predict_log2_mpp,
-    probe_answers,
-    probe_slides,
     regressed_mpp,
     regressor_of,
     save_regressor,
 )
-from wsiscale.readers.array import ArrayReader
 from wsiscale.ridge import PENALTIES, fit_ridges
 from wsiscale.testing import tissue, write_svs
 from wsiscale.types import LayerMoments, ScaleResponse

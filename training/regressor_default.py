@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from wsiscale.networks import load_network, network_digest
-from wsiscale.probe import Answers, fit_regressor, save_regressor
+from wsiscale.probe import Answers
 from wsiscale.reference_slides import DEFAULT_CARD
+from wsiscale.regressor import fit_regressor, save_regressor
 from wsiscale.store import read_response
 
 MPP_RANGE = (0.25, 4.0)

@@ -19,7 +19,7 @@ from wsiscale.layers import Tap, evaluating, first_tensor, plan_of, spatial_mean
 from wsiscale.networks import Network
 
 if TYPE_CHECKING:
-    from wsiscale.probe import ScaleRegressor
+    from wsiscale.regressor import ScaleRegressor
 
 
 class CutNetwork(nn.Module):

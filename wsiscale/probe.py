@@ -24,21 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from wsiscale.card import packed, read_card, unpacked, update_card
-from wsiscale.errors import ModelError, MppError, NoTissueError, OptionError, ScaleError, SlideError
+from wsiscale.errors import MppError, NoTissueError, OptionError, ScaleError, SlideError
 from wsiscale.geometry import level_for
-from wsiscale.profile import interval
-from wsiscale.ridge import PENALTIES, fit_ridges
-from wsiscale.types import Reader, ScaleResponse
+from wsiscale.ridge import fit_ridges
+from wsiscale.types import Reader
 
 if TYPE_CHECKING:
     from wsiscale.networks import Network
 
-VERSION = 1
 OCTAVES, FACTORS = 3.0, 12
 PLACES = 16
 FOLDS = 5
-LEAST_PLACES = 3
 RESAMPLES = 1000
 HELD_OUT, REPEATS = 0.3, 10  # of the tiles, and how often drawn, as published
 
@@ -385,11 +381,11 @@ class _Told:
 
 
 def _held_out(answers: Sequence[Answers], name: str, *, seed: int) -> _Told:
-    values, target, slide = _rows(answers, name)
+    values, target, slide = rows_of(answers, name)
     fold = folds(len(answers), seed)
     rng = np.random.default_rng([seed, 1])
     shuffled = target.copy()
-    for rows in _by_slide(slide):
+    for rows in by_slide(slide):
         shuffled[rows] = rng.permutation(target[rows])
     targets = np.stack([target, shuffled], axis=1)
     predicted = np.empty_like(targets)
@@ -400,12 +396,12 @@ def _held_out(answers: Sequence[Answers], name: str, *, seed: int) -> _Told:
         predicted[test] = np.stack([ridge.predict(values[test]) for ridge in ridges], axis=1)
         inner[each] = ridges[0].left_out
     missed = predicted - targets
-    rss = np.array([np.square(missed[rows]).sum(axis=0) for rows in _by_slide(slide)])  # (R, 2)
-    tss = np.array([np.square(target[rows] - target[rows].mean()).sum() for rows in _by_slide(slide)])
+    rss = np.array([np.square(missed[rows]).sum(axis=0) for rows in by_slide(slide)])  # (R, 2)
+    tss = np.array([np.square(target[rows] - target[rows].mean()).sum() for rows in by_slide(slide)])
     return _Told(
         rss=rss[:, 0],
         tss=tss,
-        absolute=np.array([np.abs(missed[rows, 0]).mean() for rows in _by_slide(slide)]),
+        absolute=np.array([np.abs(missed[rows, 0]).mean() for rows in by_slide(slide)]),
         shuffled=float(1 - rss[:, 1].sum() / tss.sum()),
         usual=float(1 - rss[:, 0].sum() / np.square(target - target.mean()).sum()),
         inner=inner,
@@ -416,7 +412,7 @@ def _held_out(answers: Sequence[Answers], name: str, *, seed: int) -> _Told:
 
 def _published(answers: Sequence[Answers], name: str, *, seed: int) -> _Told:
     """Least squares with an intercept, to µm/px itself, a random 30 % of the tiles held out, ten times."""
-    values, target, _ = _rows(answers, name)
+    values, target, _ = rows_of(answers, name)
     mpp = np.exp2(target)
     design = np.concatenate([np.ones((len(values), 1)), values.astype(np.float64)], axis=1)
     rng = np.random.default_rng([seed, 2])
@@ -447,7 +443,7 @@ def _published(answers: Sequence[Answers], name: str, *, seed: int) -> _Told:
     )
 
 
-def _rows(answers: Sequence[Answers], name: str) -> tuple[NDArray[np.float32], Floats, NDArray[np.intp]]:
+def rows_of(answers: Sequence[Answers], name: str) -> tuple[NDArray[np.float32], Floats, NDArray[np.intp]]:
     """All tiles: channels (n, K), log2 µm/px (n,) and slide (n,); what is not finite left out."""
     values = np.concatenate([each.layers[name].reshape(-1, each.layers[name].shape[2]) for each in answers])
     target = np.concatenate([each.targets for each in answers])
@@ -458,7 +454,7 @@ def _rows(answers: Sequence[Answers], name: str) -> tuple[NDArray[np.float32], F
     return values[finite], target[finite], slide[finite]
 
 
-def _by_slide(slide: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+def by_slide(slide: NDArray[np.intp]) -> list[NDArray[np.intp]]:
     return [np.flatnonzero(slide == number) for number in range(int(slide.max()) + 1)]
 
 
@@ -490,214 +486,3 @@ def _compared(rows: Sequence[_Told], seed: int) -> Comparison:
     whole = rows[-1].absolute
     lo, hi = np.percentile((whole - cut)[_draws(len(cut), seed)].mean(axis=1), [5, 95])
     return Comparison(float(cut.mean()), float(whole.mean()), float((whole - cut).mean()), float(lo), float(hi))
-
-
-# --- µm/px from a layer -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ScaleRegressor:
-    """log2 µm/px of a tile from one layer's channels: intercept + ((x - mean) / std) @ weights."""
-
-    layer: str
-    mean: NDArray[np.float32]  # (K,)
-    std: NDArray[np.float32]  # (K,)
-    weights: NDArray[np.float32]  # (K,)
-    intercept: float
-    # What tiles of held-out slides are said to be at each µm/px. A ridge draws to the middle of its range, and at the range's
-    # ends, where tissue looks alike, its answer turns round: a slide is told by its whole curve, laid along this one.
-    octaves: NDArray[np.float32]  # (U,) log2 µm/px, EXPECTED_STEP apart
-    expected: NDArray[np.float32]  # (U,) log2 µm/px
-    slide_sd: float  # octaves, by which held-out slides are off, each told by all of its tiles
-    mpp_range: tuple[float, float]  # µm/px that it was fitted to
-    slides: int
-    tile_size: int
-    network: str | None = None  # networks.network_digest
-
-
-@dataclass(frozen=True)
-class RegressedMpp:
-    """A slide's level-0 µm/px by a regressor, from its tiles at all scales."""
-
-    mpp: float
-    ci90: tuple[float, float]
-    places: int
-
-
-def fit_regressor(
-    answers: Sequence[Answers],
-    layer: str,
-    *,
-    tile_size: int,
-    network: str | None = None,
-    penalty: float | None = None,
-    seed: int = 0,
-) -> ScaleRegressor:
-    """The regressor of `layer` from all slides, its errors from slides held out. Raises OptionError for fewer than three.
-
-    Without a `penalty` it is the best for slides left out. Slides to come that are of another kind want a stronger one.
-    """
-    if len(answers) < 3:
-        raise OptionError(f"{len(answers)} slides; a regressor needs three or more, each held out in turn")
-    if layer not in answers[0].layers:
-        raise OptionError(f"layer {layer!r} was not watched; there are {', '.join(answers[0].layers)}")
-    values, target, slide = _rows(answers, layer)
-    penalties = PENALTIES if penalty is None else np.array([penalty])
-    fold = folds(len(answers), seed)
-    said = np.empty_like(target)
-    for each in range(int(fold.max()) + 1):
-        test = fold[slide] == each
-        (ridge,) = fit_ridges(values[~test], target[~test, None], slide[~test], penalties=penalties)
-        said[test] = ridge.predict(values[test])
-    (ridge,) = fit_ridges(values, target[:, None], slide, penalties=penalties)
-    octaves, expected = _expected(target, said, slide)
-    off = []
-    for rows in _by_slide(slide):
-        at = np.unique(target[rows])
-        curve = np.array([np.median(said[rows][target[rows] == one]) for one in at])
-        # As a slide of unknown µm/px would be: its finest scale is 0.
-        shift = _shift(curve, at - at[0], octaves, expected)
-        off.append(np.nan if shift is None else shift - at[0])
-    if not np.isfinite(off).any():
-        raise OptionError(f"layer {layer!r} tells no slide's µm/px from those of the others; give another, or more slides")
-    # The card has no infinity; a channel that is constant has no weight.
-    told = np.isfinite(ridge.unit)
-    return ScaleRegressor(
-        layer=layer,
-        mean=ridge.center.astype(np.float32),
-        std=np.where(told, ridge.unit, 1).astype(np.float32),
-        weights=np.where(told, ridge.weights, 0).astype(np.float32),
-        intercept=ridge.intercept,
-        octaves=octaves.astype(np.float32),
-        expected=expected.astype(np.float32),
-        slide_sd=float(np.sqrt(np.nanmean(np.square(off)))),
-        mpp_range=(float(2 ** target.min()), float(2 ** target.max())),
-        slides=len(answers),
-        tile_size=tile_size,
-        network=network,
-    )
-
-
-EXPECTED_STEP = 0.25  # octaves
-LEAST_SCALES = 4  # that a slide has within the regressor's range, where it is laid
-_FINE = 0.02  # octaves between the shifts that are tried
-
-
-def _expected(target: Floats, said: Floats, slide: NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """What held-out slides are said to be, by µm/px: the mean over the slides that are there, each as much as another."""
-    octaves = np.arange(target.min(), target.max() + 1e-6, EXPECTED_STEP)
-    nearest = np.abs(target[:, None] - octaves).argmin(axis=1)
-    means = np.array(
-        [
-            [
-                said[(slide == one) & (nearest == bin_)].mean() if ((slide == one) & (nearest == bin_)).any() else np.nan
-                for bin_ in range(len(octaves))
-            ]
-            for one in range(int(slide.max()) + 1)
-        ]
-    )  # (R, U)
-    there = np.isfinite(means).any(axis=0)
-    expected = np.nanmean(means[:, there], axis=0)
-    return octaves[there], expected
-
-
-def _shift(curve: Floats, at: Floats, octaves: NDArray[np.floating], expected: NDArray[np.floating]) -> float | None:
-    """log2 µm/px of level 0 at which a slide's curve (S,) over log2 scale (S,) is most like the expected; None at an end."""
-    low, high = float(octaves[0]), float(octaves[-1])
-    tried = np.arange(low - at[-1], high + _FINE, _FINE)
-    there = (at + tried[:, None] >= low - 1e-6) & (at + tried[:, None] <= high + 1e-6)  # (D, S)
-    squares = np.square(curve - np.interp(at + tried[:, None], octaves, expected))
-    count = there.sum(axis=1)
-    enough = count >= LEAST_SCALES
-    if not enough.any():
-        return None
-    misfit = np.where(enough, (squares * there).sum(axis=1) / np.maximum(count, 1), np.inf)
-    best = int(misfit.argmin())
-    possible = np.flatnonzero(enough)
-    return None if best in (possible[0], possible[-1]) else float(tried[best])
-
-
-def predict_log2_mpp(response: ScaleResponse | NDArray[np.floating], regressor: ScaleRegressor) -> Floats:
-    """log2 of the µm/px that each tile looks like: (N, S) of a response that watched the layer, (...,) of channels (..., K).
-
-    Raises OptionError where the layer was not watched or has other channels.
-    """
-    if isinstance(response, ScaleResponse):
-        if regressor.layer not in response.layers:
-            raise OptionError(f"layer {regressor.layer!r} was not watched; respond with layers=[{regressor.layer!r}]")
-        channels = response.layers[regressor.layer].mean
-    else:
-        channels = np.asarray(response)
-    if channels.shape[-1] != len(regressor.weights):
-        raise OptionError(
-            f"{channels.shape[-1]} channels, and the regressor was fitted to the {len(regressor.weights)} of layer "
-            f"{regressor.layer!r}; ask the network that it was made with"
-        )
-    standard = (channels.astype(np.float64) - regressor.mean) / regressor.std
-    octaves: Floats = standard @ regressor.weights.astype(np.float64) + regressor.intercept
-    return octaves
-
-
-def regressed_mpp(response: ScaleResponse, regressor: ScaleRegressor) -> RegressedMpp | None:
-    """The slide's level-0 µm/px, whatever its tag says; None where it cannot be told from the regressor's range alone.
-
-    What its tiles are said to be at each scale, median over places, is laid along what slides of known µm/px were said to be;
-    where it fits best is the slide's µm/px. Scales finer than level 0 do not count.
-    """
-    seen = predict_log2_mpp(response, regressor)  # (N, S)
-    native = response.scales >= 1 - 1e-6
-    seen = seen[np.isfinite(seen).all(axis=1)][:, native]
-    if len(seen) < LEAST_PLACES or seen.shape[1] < LEAST_SCALES:
-        return None
-    best = _shift(np.median(seen, axis=0), np.log2(response.scales[native]), regressor.octaves, regressor.expected)
-    return None if best is None else RegressedMpp(2**best, interval(2**best, regressor.slide_sd), len(seen))
-
-
-_ARRAYS = ("mean", "std", "weights", "octaves", "expected")
-
-
-def save_regressor(regressor: ScaleRegressor, card: str | Path, *, fields: Mapping[str, Any] | None = None) -> None:
-    """Puts the regressor into a card's file as `scale_regressor`; the card's other fields stay, or become `fields`."""
-    record: dict[str, Any] = {"version": VERSION} | vars(regressor)
-    record["mpp_range"] = list(regressor.mpp_range)
-    record["arrays"] = packed({name: record.pop(name) for name in _ARRAYS})
-    update_card(card, {"scale_regressor": record}, fields=fields)
-
-
-def load_regressor(card: str | Path) -> ScaleRegressor:
-    """The regressor in a card's file. Raises ModelError where there is none."""
-    found = regressor_of(read_card(card))
-    if found is None:
-        raise ModelError(f"the card {card} has no scale_regressor; make one with wsiscale probe SLIDES --fit {card}")
-    return found
-
-
-def regressor_of(card: Mapping[str, object]) -> ScaleRegressor | None:
-    """The regressor in a card's fields (`network.card`), None where it has none. Raises ModelError for a damaged one."""
-    record = card.get("scale_regressor")
-    if record is None:
-        return None
-    try:
-        if not isinstance(record, Mapping) or record["version"] != VERSION:
-            raise ValueError("it is of another version of wsiscale")
-        arrays = unpacked(record["arrays"], _ARRAYS)
-        per_channel = {arrays[name].shape for name in ("mean", "std", "weights")}
-        if len(per_channel) != 1 or arrays["mean"].ndim != 1 or arrays["octaves"].shape != arrays["expected"].shape:
-            raise ValueError("its arrays are of different lengths")
-        lo, hi = record["mpp_range"]
-        return ScaleRegressor(
-            layer=str(record["layer"]),
-            mean=arrays["mean"].astype(np.float32),
-            std=arrays["std"].astype(np.float32),
-            weights=arrays["weights"].astype(np.float32),
-            octaves=arrays["octaves"].astype(np.float32),
-            expected=arrays["expected"].astype(np.float32),
-            intercept=float(record["intercept"]),
-            slide_sd=float(record["slide_sd"]),
-            mpp_range=(float(lo), float(hi)),
-            slides=int(record["slides"]),
-            tile_size=int(record["tile_size"]),
-            network=record["network"],
-        )
-    except (LookupError, TypeError, ValueError) as error:
-        raise ModelError(f"the card's scale_regressor is damaged: {error}; make it anew with wsiscale probe --fit") from error

@@ -1,7 +1,7 @@
 """The true µm/px of a slide from its pixels: three opinions side by side, and what they make of the file's own word.
 
 *registration*  the network's answers over scale, laid along its profile of slides of known µm/px (`profile.register`)
-*regression*    µm/px read off a middle layer of the network (`probe.regressed_mpp`; Graziani et al., MAKE 3(2), 2021)
+*regression*    µm/px read off a middle layer of the network (`regressor.regressed_mpp`; Graziani et al., MAKE 3(2), 2021)
 *nuclei*        the size of the haematoxylin's blobs, without any network (`nuclei.nucleus_px`)
 
 They are joined in octaves, each by the inverse of its variance. Where they differ by more than their intervals allow, the joint
@@ -19,9 +19,9 @@ import numpy as np
 
 from wsiscale.errors import MppError, NoTissueError, OptionError, SlideError
 from wsiscale.nuclei import NUCLEUS_SD, NUCLEUS_UM, nucleus_px
-from wsiscale.probe import ScaleRegressor, regressed_mpp, regressor_of
 from wsiscale.profile import TAG_MARGIN, Profile, beyond, deviation, interval, profile_of, register
 from wsiscale.registration import Recalibrated, answers_over_scale
+from wsiscale.regressor import ScaleRegressor, regressed_mpp, regressor_of
 from wsiscale.tissue import TissueDetector, find_tissue
 from wsiscale.types import Abstention, Reader, ScaleResponse, Tissue
 from wsiscale.upsampling import Upsampling, find_upsampling

@@ -190,8 +190,9 @@ def probe(
     """
     from wsiscale.cutting import cut_network, save_cut
     from wsiscale.networks import load_network, network_digest
-    from wsiscale.probe import fit_regressor, probe_slides, save_regressor
+    from wsiscale.probe import probe_slides
     from wsiscale.reference_slides import card_fields
+    from wsiscale.regressor import fit_regressor, save_regressor
 
     for card in (fit, cut):
         if card is not None:
