@@ -14,10 +14,12 @@ from nets import small_segmenter
 from PIL import Image
 
 import wsiscale as ws
+from wsiscale.card import read_card
 from wsiscale.cli import main
 from wsiscale.errors import MppError, OptionError
 from wsiscale.nuclei import NUCLEUS_UM, blobs, nucleus_px
 from wsiscale.profile import interval
+from wsiscale.regressor import ScaleRegressor, save_regressor
 from wsiscale.slide_mpp import Opinion, SlideMpp, _compared, _joined, find_mpp, with_mpp_from_pixels
 from wsiscale.testing.procedural import random_stain, slide_image
 from wsiscale.tissue import find_tissue
@@ -143,6 +145,31 @@ def test_noise_of_tissues_colours_is_abstained_on() -> None:
 def test_a_network_that_knows_no_slides_of_known_mpp_is_an_error(image: np.ndarray) -> None:
     with pytest.raises(OptionError, match=r"neither a profile nor a regressor.*wsiscale profile"):
         find_mpp(ws.ArrayReader(image), ws.load_network(small_segmenter(), tile_size=64))
+
+
+def test_a_network_with_a_regressor_alone_tells_by_any_of_its_layers(image: np.ndarray, tmp_path: Path) -> None:
+    # The layer that a probe cuts at need not be one of the stages that a profile watches.
+    network = ws.load_network(small_segmenter(), tile_size=64)
+    regressor = ScaleRegressor(
+        layer="coarse.0",
+        mean=np.zeros(8, np.float32),
+        std=np.ones(8, np.float32),
+        weights=np.ones(8, np.float32),
+        intercept=0.0,
+        octaves=np.arange(-3, 3, 0.25).astype(np.float32),
+        expected=np.zeros(24, np.float32),
+        slide_sd=0.3,
+        mpp_range=(0.125, 7.0),
+        slides=9,
+        tile_size=64,
+    )
+    save_regressor(regressor, tmp_path / "card.json", fields={"factory": "unused"})
+
+    found = find_mpp(ws.ArrayReader(image), replace(network, card=read_card(tmp_path / "card.json")))
+
+    assert [o.name for o in found.opinions] == ["registration", "regression", "nuclei"]
+    assert found.opinions[0].refused is not None
+    assert found.opinions[0].refused.reason == "no_profile"
 
 
 def opinion(name: str, mpp: float, sd: float) -> Opinion:

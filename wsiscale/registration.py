@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -59,9 +59,10 @@ def answers_over_scale(
     *,
     seed: int,
     progress: Callable[[int, int], None] | None,
+    layers: str | Sequence[str] = "stages",
     **how: Any,
 ) -> ScaleResponse:
-    """What the network's stages answer to the slide from level 0 on, up to four octaves, `STEP` apart; without µm/px.
+    """What the network's layers answer to the slide from level 0 on, up to four octaves, `STEP` apart; without µm/px.
 
     Raises NoTissueError, and SlideError where most places are damaged. `how` goes to `respond`.
     """
@@ -74,7 +75,7 @@ def answers_over_scale(
     stacked = partial(scale_stack, slide, scales=scales, size=network.tile_size)
 
     def answered(centers: NDArray[np.float64]) -> ScaleResponse:
-        return respond(network, stacked(centers), layers="stages", progress=progress, **how)
+        return respond(network, stacked(centers), layers=layers, progress=progress, **how)
 
     response, _, _ = around_damage(answered, stacked, centers)
     return replace(response, slide_mpp=None)

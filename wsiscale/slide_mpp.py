@@ -106,7 +106,16 @@ def find_mpp(
     upsampling = None
     try:
         tissue = find_tissue(slide, detector)
-        asked = answers_over_scale(slide, loaded, tissue, seed=seed, progress=progress, device=device, batch_size=batch_size)
+        asked = answers_over_scale(
+            slide,
+            loaded,
+            tissue,
+            layers=_watched(known, regressor),
+            seed=seed,
+            progress=progress,
+            device=device,
+            batch_size=batch_size,
+        )
         upsampling = find_upsampling(slide, tissue, seed=seed)
         opinions = (_registration(known, asked, seed), *_regression(regressor, asked), _nuclei(slide, tissue, seed))
         joint, why = _joined(opinions)
@@ -161,6 +170,12 @@ def _known_of(network: Network) -> tuple[Profile | None, ScaleRegressor | None]:
     digest = network_digest(network)
     profile, regressor = profile_of(network.card), regressor_of(network.card)
     return profile if own(profile) else None, regressor if own(regressor) else None
+
+
+def _watched(profile: Profile | None, regressor: ScaleRegressor | None) -> Sequence[str]:
+    """The layers that both go by; the head's input is always there."""
+    names = [] if profile is None else [name for name, _ in profile.layers if name != "features"]
+    return list(dict.fromkeys([*names, *([] if regressor is None else [regressor.layer])]))
 
 
 def _regression(regressor: ScaleRegressor | None, asked: ScaleResponse) -> tuple[Opinion, ...]:
