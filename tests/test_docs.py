@@ -55,7 +55,7 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
 
 PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
 RUN, SHOWN = ("", "bash", "python"), ("text", "json", "snakemake", "groovy")
-QUICK = ("exports", "output-format", "pipelines")
+SLOW = ("cohorts", "faq", "getting-started", "probe", "profiles", "report", "slide-mpp")
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -90,7 +90,7 @@ def factory():
 """
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, marks=() if page in QUICK else pytest.mark.slow) for page in PAGES])
+@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES])
 def test_a_pages_python_and_commands_run_from_top_to_bottom(
     page: str, what_pages_name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
