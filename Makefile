@@ -11,7 +11,7 @@ WORKERS = -n 2 --dist loadfile
 DEMO = demo
 SAMPLE = sample_slides/tissue_mpp0.25.svs
 
-.PHONY: demo test check test-all bench bench-recovery format clean
+.PHONY: demo test check test-all wheel bench bench-recovery format clean
 
 demo: $(VENV)/ready
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -32,6 +32,11 @@ check: $(VENV)/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# build/ first: setuptools would put files into the wheel that an earlier build left there.
+wheel: $(VENV)/ready-test
+	rm -rf build dist
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+
 bench: $(VENV)/ready-test
 	$(BIN)/python -m benchmarks.performance
 
@@ -44,7 +49,7 @@ format: $(VENV)/ready-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 
 # --no-compile halves pip's time; --prefer-binary keeps old pips from building from source.
 $(VENV)/ready: pyproject.toml constraints.txt

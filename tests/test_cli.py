@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from wsiscale.cli import main
+from wsiscale.cli import app, main
 from wsiscale.testing import planted_slide, write_svs
 
 SAMPLES = Path(__file__).parents[1] / "sample_slides"
 SAMPLE = str(SAMPLES / "tissue_mpp0.25.svs")
+VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 QUICK = ["--places", "12", "--tile-size", "64"]
 
 FIELDS = {
@@ -236,13 +242,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["info", SAMPLE])
 
 
-def test_doctor_finds_this_installation_well(cli: Any) -> None:
-    code, out, _ = cli("doctor")
-
-    assert code == 0, out
-    assert "OpenSlide 4" in out
-
-
 def test_cards_lists_what_comes_along(cli: Any) -> None:
     code, out, _ = cli("cards")
     names = [card["name"] for card in json.loads(cli("cards", "--json")[1])]
@@ -252,25 +251,34 @@ def test_cards_lists_what_comes_along(cli: Any) -> None:
     assert [line.split()[0] for line in out.splitlines()] == names
 
 
-def test_every_command_has_help_with_an_example(cli: Any) -> None:
-    verbs = (
-        "info",
-        "tissue",
-        "estimate",
-        "stack",
-        "tile",
-        "run",
-        "profile",
-        "calibrate",
-        "verify",
-        "report",
-        "cards",
-        "doctor",
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_command_has_help_with_an_example(cli: Any, verb: str) -> None:
+    code, out, _ = cli(verb, "--help")
+
+    assert code == 0
+    assert f"Example: wsiscale {verb} " in " ".join(out.split()) + " "
+
+
+def test_the_version_is_the_packages(cli: Any) -> None:
+    assert cli("--version") == (0, f"wsiscale {version('wsiscale')}\n", "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands(shell: str) -> None:
+    typed = {
+        "COMP_WORDS": "wsiscale ",
+        "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "wsiscale ",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    environment = os.environ | typed | {"_WSISCALE_COMPLETE": f"complete_{shell}"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", "from wsiscale.cli import run; run()"], env=environment, capture_output=True, text=True
     )
-    for verb in verbs:
-        code, out, _ = cli(verb, "--help")
-        assert code == 0
-        assert f"wsiscale {verb}" in out
+
+    assert all(verb in done.stdout for verb in VERBS), done
+    assert done.stderr == ""
 
 
 def test_a_profile_goes_into_a_card_that_estimate_takes(cli: Any, tmp_path: Path) -> None:

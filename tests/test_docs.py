@@ -15,9 +15,12 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from reports import made_up_cohort
 
+from wsiscale.cli import main
 from wsiscale.readers import open_slide
 from wsiscale.store import write_store
+from wsiscale.testing import write_svs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,41 +53,80 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
         assert done.stderr.count("Traceback") == 0
 
 
-def test_one_slide_of_a_cohort_as_the_docs_have_it(tmp_path: Path) -> None:
-    (tmp_path / "sample_slides").symlink_to(ROOT / "sample_slides")
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cohorts.md").read_text(), re.DOTALL)
-
-    done = subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] in ("ok", "abstained")
-    assert (tmp_path / "out" / "slides" / "a.json").exists()
+PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
+RUN, SHOWN = ("", "bash", "python"), ("text", "json", "snakemake", "groovy")
+SLOW = ("cohorts", "faq", "getting-started", "probe", "profiles", "report", "slide-mpp")
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def slide_and_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with slide.svs and slide.ome.zarr."""
+def what_pages_name(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the pages take for granted: slides, a network, a card, a store, a cohort."""
     folder = tmp_path_factory.mktemp("pages")
+    shutil.copytree(ROOT / "sample_slides", folder / "sample_slides", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "sample_slides" / "tissue_mpp0.25.svs", folder / "slide.svs")
+    (folder / "slides").mkdir()
+    (folder / "cohort.csv").write_text("path\nslides/a.svs\nslides/b.svs\n")
+    (folder / "mpp.csv").write_text("wsi,mpp\nslide.svs,0.26\n")
+    cards = ROOT / "wsiscale" / "cards"
+    shutil.copy(cards / "default.json", folder / "card.json")
+    shutil.copy(cards / "nuclei_default.safetensors", folder)
+    (folder / "nets.py").write_text(NETS)
     with open_slide(folder / "slide.svs") as slide:
         write_store(folder / "slide.ome.zarr", slide, mpp=0.5)
+        for name, y, x in (("a", 0, 0), ("b", 0, 1536), ("c", 1416, 0)):
+            quarter = slide.read(level=0, y=y, x=x, height=1400, width=1500)
+            write_svs(folder / "slides" / f"{name}.svs", quarter, mpp=0.25, power=40, levels=(1, 4))
+    made_up_cohort(folder / "out")
     return folder
 
 
-@pytest.mark.parametrize("page", ["exports", "pipelines"])
-def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, slide_and_store: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
+NETS = """
+from wsiscale.default_network import default_network
 
-    run = [block for block in blocks if all(find_spec(name) for name in re.findall(r"# needs (\w+)", block))]
-    assert run
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "\n".join(run)], cwd=slide_and_store, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+
+def factory():
+    return default_network(), {"tile_size": 128, "mean": [0.7, 0.5, 0.68], "std": [0.2, 0.2, 0.2], "training_mpp": 0.5}
+"""
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES])
+def test_a_pages_python_and_commands_run_from_top_to_bottom(
+    page: str, what_pages_name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    folder = tmp_path / "page"
+    shutil.copytree(what_pages_name, folder)
+    monkeypatch.chdir(folder)
+    for made in set(re.findall(r"-o (\S+)", text)):  # a page finds nothing of what it makes
+        shutil.rmtree(folder / made) if (folder / made).is_dir() else (folder / made).unlink(missing_ok=True)
+    names: dict[str, object] = {"__name__": "page"}
+
+    for info, block in BLOCK.findall(text):
+        if info == "python" and all(find_spec(name) for name in re.findall(r"# needs (\w+)", block)):
+            exec(compile(block, f"{page}.md", "exec"), names)
+        for line in block.splitlines() if info in ("", "bash") else ():
+            if line.startswith("wsiscale "):
+                assert main(as_the_shell_reads(line)) == 0, (line, capfd.readouterr())
+
+
+def as_the_shell_reads(line: str) -> list[str]:
+    """The arguments of a command: without its comment, patterns put in full."""
+    shell = ["bash", "-c", f"wsiscale() {{ printf '%s\\n' \"$@\"; }}\n{line}"]
+    return subprocess.run(shell, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_every_block_is_seen_and_those_that_are_not_run_say_why() -> None:
+    for page in PAGES:
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        blocks = BLOCK.findall(text)
+        assert 2 * len(blocks) == len(re.findall(r"^ *```", text, re.MULTILINE)), page
+        for info, _ in blocks:
+            assert info in RUN or info in SHOWN or re.fullmatch(r"(python|bash) no-run: .+", info), (page, info)
 
 
 def cohort_block(language: str) -> str:
-    (block,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "cohorts.md").read_text(), re.DOTALL)
+    (block,) = re.findall(rf"```{language}[^\n]*\n(.*?)```", (ROOT / "docs" / "cohorts.md").read_text(), re.DOTALL)
     return str(block)
 
 
@@ -129,9 +171,21 @@ def test_the_snakefile_of_the_docs_runs(two_slides: Path) -> None:
 def test_every_link_in_the_docs_leads_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
-        for target in re.findall(r"\]\(([^)#\s]+)", prose):
+        for target, _, heading in re.findall(r"\]\(([^)#\s]*)(#([^)\s]+))?\)", prose):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+                assert not heading or heading in headings(page.parent / target if target else page), f"{page.name}: {heading}"
+
+
+def headings(page: Path) -> list[str]:
+    """As links name them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles]
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    for page in PAGES:
+        assert f"(docs/{page}.md)" in README, page
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 # Before anything imports torch: spinning OpenMP threads next to any other busy process cost up to 90x.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,9 +22,15 @@ from wsiscale.cli.options import ABSTAINED, DONE, FAILED, INTERRUPTED, USAGE, fa
 from wsiscale.errors import NoTissueError, OptionError, WsiscaleError
 from wsiscale.memory import keep_memory
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print("wsiscale", version("wsiscale"))
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="wsiscale",
-    help="Find the magnification at which a network works best on a slide, and write the slide's tissue at it.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -35,6 +43,15 @@ for verb in (
     *(stores.verify, stores.export, stores.report, stores.doctor),
 ):
     app.command()(verb)
+
+
+@app.callback()
+def _about(
+    _: Annotated[
+        bool, typer.Option("--version", help="print the version and leave", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Find the magnification at which a network works best on a slide, and write the slide's tissue at it."""
 
 
 def run() -> None:

@@ -81,7 +81,7 @@ def report(
 
 
 def doctor(as_json: Json = False) -> int:
-    """Check the installation, and say what to do about what is found.
+    """Check the installation, and say what to do about what is found. Exit code 1 where something needed does not work.
 
     Example: wsiscale doctor
     """
@@ -92,5 +92,7 @@ def doctor(as_json: Json = False) -> int:
         print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
-            print(f"{'ok     ' if finding.ok else 'PROBLEM'}  {finding.what}: {finding.detail}")
-    return DONE if all(finding.ok for finding in findings) else FAILED
+            mark = "ok" if finding.ok else "PROBLEM" if finding.needed else "-"
+            advice = f"; {finding.advice}" if finding.advice else ""
+            print(f"{mark:8}{finding.what}: {finding.detail}{advice}")
+    return FAILED if any(finding.needed and not finding.ok for finding in findings) else DONE
