@@ -237,3 +237,17 @@ def test_a_cluster_that_has_lost_all_its_workers_gets_new_ones(slides: Path, tmp
 
     assert ended
     assert summary.counts == {"ok": 3, "no_tissue": 1, "bad_input": 1}
+
+
+def test_what_went_wrong_is_told_without_the_slides_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "Jane Doe 1970"
+    folder.mkdir()
+    (folder / "junk.svs").write_bytes(b"not a slide " * 500)
+
+    for name in ("junk.svs", "lost.svs"):
+        record = process_slide(SlideSpec(name, str(folder / name)), QUICK, tmp_path / "out")
+
+        assert record["status"] == "bad_input"
+        assert name in record["message"]
+    written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".log"))
+    assert "Jane" not in written

@@ -37,6 +37,7 @@ from wsiscale.cohort.one_slide import (
     estimate_slide,
     process_slide,
     read_record,
+    without_folders,
     write_record,
     write_slide,
 )
@@ -165,7 +166,11 @@ def alone(spec: SlideSpec, options: RunOptions, out: Path) -> dict[str, Any]:
             return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
         name = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
         last = (done.stderr.strip().splitlines() or [""])[-1]
-        record |= {"status": "killed", "code": name, "message": f"reading it ended the process twice: {last[:300]}"}
+        record |= {
+            "status": "killed",
+            "code": name,
+            "message": f"reading it ended the process twice: {without_folders(last, spec)[:300]}",
+        }
     write_record(out, record)
     return record
 
@@ -317,7 +322,13 @@ def _worked(client: Client, specs: Sequence[SlideSpec], out: Path, options: RunO
                 elif isinstance(error, OptionError):
                     raise error
                 else:
-                    record = {**missing(spec), "status": "failed", "code": "CLUSTER", "message": str(error), "resumed": False}
+                    record = {
+                        **missing(spec),
+                        "status": "failed",
+                        "code": "CLUSTER",
+                        "message": without_folders(str(error), spec),
+                        "resumed": False,
+                    }
                     write_record(out, record)
                     told("done", spec, record)
             fill()

@@ -455,12 +455,12 @@ def _recorded(
         except OptionError:
             raise
         except WsiscaleError as error:
-            record |= {"status": status_of(error), "code": error.code, "message": " ".join(str(error).split())}
+            record |= {"status": status_of(error), "code": error.code, "message": without_folders(str(error), spec)}
         except MemoryError as error:
             record |= {"status": "failed", "code": "MEMORY", "message": f"out of memory: {error}"}
         except Exception as error:  # noqa: BLE001  the slide's own misfortune, whatever it is
             log.error("%s", traceback.format_exc())
-            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            message = f"{type(error).__name__}: {without_folders(str(error), spec)}"
             record |= {"status": "failed", "code": "UNEXPECTED", "message": message}
         if not record["resumed"]:
             record["seconds"] = round(record.get("seconds", 0.0) + time.perf_counter() - started, 3)
@@ -468,6 +468,13 @@ def _recorded(
                 write_record(out, record, durable=durable)
             log.info("%s %s %s", record["status"], record.get("code", ""), record.get("message", ""))
     return record
+
+
+def without_folders(message: str, spec: SlideSpec) -> str:
+    """A message in one line, its slide named without its folders, which may name a patient."""
+    folder = os.path.dirname(spec.path)
+    short = message.replace(os.path.join(folder, ""), "") if folder else message
+    return " ".join(short.split())
 
 
 def status_of(error: WsiscaleError) -> str:
